@@ -1,0 +1,17 @@
+"""Bounds on everything a client can make us hold. Over a limit is a typed refusal, never a queue."""
+
+from __future__ import annotations
+
+KEYS_PER_CALL_MAX = 65_536
+TOKENS_PER_CALL_MAX = 8_388_608
+REQUEST_BYTES_MAX = 64 * 1024 * 1024
+NAME_BYTES_MAX = 200
+SPECS_PER_INSTANCE_MAX = 1_024
+SPEC_BYTES_MAX = 1 << 40
+SESSION_TIMEOUT_DEFAULT_MS = 30_000
+SESSION_TIMEOUT_MAX_MS = 3_600_000
+SESSIONS_PER_GROUP_MAX = 65_536
+ANSWERS_REMEMBERED_MAX = 16_384  #: answers kept for repeated event ids, per group
+RUN_BLOCKS_MAX = 512  #: blocks in one index record
+SEGMENT_BYTES_TARGET = 64 * 1024 * 1024
+SEGMENT_SLOTS_MAX = 1 << 20

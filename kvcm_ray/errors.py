@@ -1,0 +1,237 @@
+"""Every error that kvcm-ray raises on purpose.
+
+    KvcmError
+     ├─ InvalidArgument          the request itself is wrong; nothing was changed
+     ├─ NotFound
+     │   ├─ StorageNotFound
+     │   ├─ GroupNotFound
+     │   ├─ InstanceNotFound
+     │   ├─ SessionNotFound
+     │   └─ AccountNotFound
+     ├─ Conflict
+     │   ├─ AlreadyExists
+     │   ├─ InstanceMismatch     same instance id, another shape
+     │   ├─ VersionConflict
+     │   └─ InUse                refuse to remove what others still use
+     ├─ LimitReached
+     │   ├─ QuotaExceeded        a byte quota of the group
+     │   ├─ KeyLimitReached      max_key_count of an instance
+     │   ├─ InstanceLimitReached max_instance_count of a group
+     │   └─ NoStorageAvailable   no candidate storage is enabled and has room
+     ├─ StorageError
+     │   ├─ StorageFull          the device, tmpfs or index map is full
+     │   ├─ StorageIOError       any other I/O failure of a storage
+     │   └─ SegmentMissing       a segment file vanished or is shorter than its table says
+     ├─ Corrupt                  a record failed its checksum or a file is truncated
+     ├─ Fenced                   a newer incarnation of this group owns the index
+     ├─ Unavailable              the manager (or one actor) cannot be reached in time
+     └─ Unsupported
+
+Each class carries a stable ``code`` (for scripts), the ``wire`` ErrorCode name of the HTTP and gRPC
+protocol, whether a retry can help, and a ``hint``: what to do about it. Errors cross process
+boundaries by pickle; ``details`` holds plain JSON values only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class KvcmError(Exception):
+    """Base of all errors raised on purpose by kvcm-ray."""
+
+    code: ClassVar[str] = "KVCM-000"
+    wire: ClassVar[str] = "INTERNAL_ERROR"
+    retryable: ClassVar[bool] = False
+    hint: ClassVar[str] = ""
+
+    def __init__(self, message: str = "", **details: Any) -> None:
+        super().__init__(message or (self.__doc__ or "").strip())
+        self.message: str = str(self.args[0])
+        self.details: dict[str, Any] = details
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.details)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form, as printed by ``kvcm --json``."""
+        return {
+            "code": self.code,
+            "error": type(self).__name__,
+            "message": self.message,
+            "hint": self.hint,
+            "details": self.details,
+        }
+
+
+def _rebuild(cls: type[KvcmError], message: str, details: dict[str, Any]) -> KvcmError:
+    return cls(message, **details)
+
+
+class InvalidArgument(KvcmError):
+    """The request is malformed or a value is out of range."""
+
+    code, wire = "KVCM-A001", "INVALID_ARGUMENT"
+    hint = "Correct the field that the message names and send the request again."
+
+
+class NotFound(KvcmError):
+    """The named thing does not exist."""
+
+    code = "KVCM-N000"
+
+
+class StorageNotFound(NotFound):
+    """No storage of that name is registered."""
+
+    code = "KVCM-N001"
+    hint = "`kvcm storage list` shows the names; add one with `kvcm storage create`."
+
+
+class GroupNotFound(NotFound):
+    """No instance group of that name exists."""
+
+    code = "KVCM-N002"
+    hint = "`kvcm group list` shows the names; make one with `kvcm group create`."
+
+
+class InstanceNotFound(NotFound):
+    """No instance of that id is registered."""
+
+    code, wire = "KVCM-N003", "INSTANCE_NOT_EXIST"
+    hint = "Register it first (registerInstance, or `kvcm instance create`)."
+
+
+class SessionNotFound(NotFound):
+    """The write session is unknown, expired or already finished."""
+
+    code = "KVCM-N004"
+    hint = "Start a new write; raise write_timeout_seconds if the bytes take longer than that."
+
+
+class AccountNotFound(NotFound):
+    """No account of that name exists."""
+
+    code = "KVCM-N005"
+
+
+class Conflict(KvcmError):
+    """The request contradicts the present state."""
+
+    code = "KVCM-C000"
+
+
+class AlreadyExists(Conflict):
+    """Something of that name exists already."""
+
+    code = "KVCM-C001"
+    hint = "Use the update call, or remove it first."
+
+
+class InstanceMismatch(Conflict):
+    """The instance id is registered with another shape."""
+
+    code, wire = "KVCM-C002", "DUPLICATE_ENTITY"
+    hint = "Use another instance_id for another model, dtype, block size or parallelism."
+
+
+class VersionConflict(Conflict):
+    """The group was changed by somebody else in the meantime."""
+
+    code = "KVCM-C003"
+    hint = "Read the group again and send its version as current_version, a larger one as version."
+
+
+class InUse(Conflict):
+    """It is still used by others."""
+
+    code = "KVCM-C004"
+    hint = "Remove its users first, or force it."
+
+
+class LimitReached(KvcmError):
+    """A configured limit is reached."""
+
+    code = "KVCM-Q000"
+
+
+class QuotaExceeded(LimitReached):
+    """The write does not fit the group's quota."""
+
+    code = "KVCM-Q001"
+    hint = "Raise the quota (`kvcm group update`), remove blocks, or write less."
+
+
+class KeyLimitReached(LimitReached):
+    """The instance holds as many blocks as its max_key_count allows."""
+
+    code = "KVCM-Q002"
+    hint = "Raise meta_indexer_config.max_key_count of the group, or remove blocks."
+
+
+class InstanceLimitReached(LimitReached):
+    """The group holds as many instances as its max_instance_count allows."""
+
+    code = "KVCM-Q003"
+    hint = "Raise max_instance_count of the group, or remove an instance."
+
+
+class NoStorageAvailable(LimitReached):
+    """No candidate storage of the group is registered and enabled."""
+
+    code = "KVCM-Q004"
+    hint = "`kvcm storage list`; enable one, or add one to the group's storage_candidates."
+
+
+class StorageError(KvcmError):
+    """A storage failed."""
+
+    code = "KVCM-S000"
+
+
+class StorageFull(StorageError):
+    """The device, the tmpfs or the index map has no room left."""
+
+    code, retryable = "KVCM-S001", True
+    hint = "Free space on the path that the message names, or lower the quota; reads go on."
+
+
+class StorageIOError(StorageError):
+    """Reading or writing a storage failed."""
+
+    code = "KVCM-S002"
+    hint = "See the path and errno in the message; the blocks there count as misses."
+
+
+class SegmentMissing(StorageError):
+    """A segment file vanished or is shorter than it must be."""
+
+    code = "KVCM-S003"
+    hint = "Its blocks are misses now; `kvcm fsck` lists them."
+
+
+class Corrupt(KvcmError):
+    """A record failed its checksum, or a file is truncated."""
+
+    code = "KVCM-I001"
+    hint = "`kvcm fsck` says how far it goes; a removed index is rebuilt from block headers."
+
+
+class Fenced(KvcmError):
+    """A newer incarnation of this group owns the index."""
+
+    code, retryable = "KVCM-I002", True
+    hint = "Nothing was changed. Clients reach the newer incarnation by themselves."
+
+
+class Unavailable(KvcmError):
+    """The manager cannot be reached in time."""
+
+    code, wire, retryable = "KVCM-U001", "SERVICE_NOT_READY", True
+    hint = "`kvcm status`; start one with `kvcm up`. Treat it as a cache miss meanwhile."
+
+
+class Unsupported(KvcmError):
+    """Not supported by this manager."""
+
+    code, wire = "KVCM-U002", "UNSUPPORTED"
