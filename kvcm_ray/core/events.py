@@ -1,0 +1,91 @@
+"""What can happen to a group. `GroupState.handle` takes these and nothing else changes its state.
+
+Time comes with the event: ``now_ms`` is CLOCK_MONOTONIC in milliseconds, ``now_s`` is unix time in
+seconds. What only the index knows (which keys are SERVING, and where) comes with the event too: the
+shell looks it up in the transaction that will carry the effects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvcm_ray.core.requests import BlockLocations, FinishWrite, Flags, Keys, StartWrite
+
+
+@dataclass(frozen=True, slots=True)
+class StartWriteEvent:
+    request: StartWrite
+    exists: Flags  #: one for each key of the request: SERVING according to the index
+    now_ms: int
+    now_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class FinishWriteEvent:
+    request: FinishWrite
+    now_ms: int
+    now_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveEvent:
+    """Remove `keys`; `hits` and `found` are the index's lookup of exactly these keys.
+
+    Blocks being written are removed too: finishing drops them. With `drop_sessions` all sessions of
+    the instance end (their blocks need not be among the keys).
+    """
+
+    event_id: str  #: "" = do not remember the answer
+    instance_id: str
+    keys: Keys
+    hits: Flags  #: SERVING
+    found: BlockLocations  #: aligned with keys; zeros where not SERVING
+    now_ms: int
+    drop_sessions: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GetMetaEvent:
+    """A read: states of `keys`, given the index's lookup of them. Has no effects."""
+
+    instance_id: str
+    keys: Keys
+    hits: Flags
+    found: BlockLocations
+
+
+@dataclass(frozen=True, slots=True)
+class DeletesConfirmed:
+    """The bytes of these trash records are erased (unknown ids are ignored)."""
+
+    instance_id: str
+    trash_ids: tuple[int, ...]
+    now_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed: sessions whose deadline is reached expire."""
+
+    now_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class TouchEvent:
+    """A reader looked `lookups` blocks up and found `keys`, in prefix order."""
+
+    instance_id: str
+    keys: Keys
+    lookups: int
+    now_ms: int
+
+
+Event = (
+    StartWriteEvent
+    | FinishWriteEvent
+    | RemoveEvent
+    | GetMetaEvent
+    | DeletesConfirmed
+    | Tick
+    | TouchEvent
+)
