@@ -1,0 +1,249 @@
+"""One write transaction of an index: what the group actor does to it, and the log entry it makes.
+
+Every change is recorded as an operation ``[name, *arguments]`` of plain msgpack values; the
+operations of a transaction are its log entry, and `IndexBatch.apply` does the same to another copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvcm_ray.core import limits
+from kvcm_ray.core.model import Segment
+from kvcm_ray.core.records import SessionRecord, TrashRecord
+from kvcm_ray.core.requests import U32, BlockLocations, Flags, Keys
+from kvcm_ray.errors import Corrupt, InvalidArgument, StorageFull
+from kvcm_ray.index import codec, walk
+from kvcm_ray.index.codec import U64, Counters
+from kvcm_ray.index.runs import RunTables
+from kvcm_ray.index.tables import BOOT, COUNTERS, EPOCH, Tables, put_meta, sealed_records
+
+LOG_BYTES_MAX = 8 << 20
+
+
+class IndexBatch:
+    """Reads see the changes made before them in the same batch. Not for several threads.
+
+    All changing methods raise StorageFull when map or disk is full; the batch then ends without any
+    effect. Made by `IndexWriter.begin`.
+    """
+
+    def __init__(
+        self, txn: Any, tables: Tables, counters: Counters, full: StorageFull | None
+    ) -> None:
+        self._txn, self._tables, self.counters = txn, tables, counters
+        self._full = full
+        self.damage = walk.Damage()
+        self._runs = RunTables(txn, tables, counters, self.damage)
+        self.ops: list[list[Any]] = []
+
+    # ------------------------------------------------------------------------------- reading
+
+    def lookup(self, keys: Keys) -> tuple[Flags, BlockLocations]:
+        """Which keys are SERVING, and where (zeros for misses)."""
+        hits, columns = walk.lookup(self._txn, self._tables, contiguous(keys), self.damage)
+        return hits, BlockLocations(columns[0], columns[1], columns[2])
+
+    def written(self, keys: Keys) -> U32:
+        """Unix time each block was written at; 0 for misses."""
+        _, columns = walk.lookup(self._txn, self._tables, contiguous(keys), self.damage)
+        written: U32 = columns[3]
+        return written
+
+    def select_written(self, begin_s: int, end_s: int) -> Keys:
+        """Keys of all SERVING blocks written within ``[begin_s, end_s]``; reads every run."""
+        return walk.written_between(self._txn, self._tables, begin_s, end_s, self.damage)
+
+    # -------------------------------------------------------------------------------- blocks
+
+    def add_blocks(
+        self, keys: Keys, locations: BlockLocations, parent_key: int | None, written_s: int
+    ) -> None:
+        """Make blocks SERVING; `parent_key` is the key before the first one in its chain, if any.
+
+        Raises:
+            InvalidArgument: unequal lengths, a key that is there already or is given twice.
+        """
+        columns = np.empty((codec.COLUMNS, len(keys)), np.uint32)
+        if not len(locations.segment) == len(locations.slot) == len(keys):
+            raise InvalidArgument(f"{len(locations)} locations for {len(keys)} blocks")
+        columns[0], columns[1] = locations.segment, locations.slot
+        columns[2], columns[3] = locations.generation, written_s
+        self._grow()
+        keys = contiguous(keys)
+        self.ops.append(
+            ["add", codec.pack_keys(keys), codec.pack_locations(locations), parent_key, written_s]
+        )
+        self._runs.add(keys, columns, parent_key)
+
+    def remove_blocks(self, keys: Keys) -> int:
+        """End the SERVING state of blocks; returns how many of them had it."""
+        keys = contiguous(keys)
+        self.ops.append(["remove", codec.pack_keys(keys)])
+        return self._runs.remove(keys)
+
+    def repair(self) -> int:
+        """Drop whatever is damaged; returns how many blocks and records that were. Reads all."""
+        segments = {int.from_bytes(key, "little") for key in self._repair_table("segments")}
+        self._repair_table("sessions")
+        self._repair_table("trash")
+        before = self._runs.pointer_keys()
+        dropped = self._runs.repair(segments)
+        lost = np.setdiff1d(before, self._runs.pointer_keys())
+        if len(lost):
+            self.ops.append(["remove", codec.pack_keys(lost)])
+        return dropped
+
+    def _repair_table(self, name: str) -> list[bytes]:
+        """Drop damaged records of a table; returns the keys of the others."""
+        handle = getattr(self._tables, name)
+        kept: list[bytes] = []
+        damaged: list[bytes] = []
+        for key, value in sealed_records(self._txn, name.encode(), handle):
+            (damaged if value is None else kept).append(key)
+        for key in damaged:
+            self._drop(name, key)
+        return kept
+
+    # ------------------------------------------------------------------------- other records
+
+    def put_session(self, record: SessionRecord) -> None:
+        """Store a write in progress, replacing one of the same session id."""
+        counters = self.counters
+        counters.next_generation = max(counters.next_generation, record.generation + 1)
+        self._put("sessions", record.session_id.encode(), codec.pack_session(record))
+
+    def drop_session(self, session_id: str) -> None:
+        self._drop("sessions", session_id.encode())
+
+    def put_trash(self, record: TrashRecord) -> None:
+        self.counters.next_trash_id = max(self.counters.next_trash_id, record.trash_id + 1)
+        self._put("trash", U64.pack(record.trash_id), codec.pack_trash(record))
+
+    def drop_trash(self, trash_id: int) -> None:
+        self._drop("trash", U64.pack(trash_id))
+
+    def put_segment(self, segment: Segment) -> None:
+        counters = self.counters
+        counters.next_segment_id = max(counters.next_segment_id, segment.segment_id + 1)
+        self._put("segments", U64.pack(segment.segment_id), codec.pack_segment(segment))
+
+    def drop_segment(self, segment_id: int) -> None:
+        self._drop("segments", U64.pack(segment_id))
+
+    def remember(self, event_id: str, reply: bytes) -> None:
+        """Keep the answer of an event; the oldest is forgotten beyond ANSWERS_REMEMBERED_MAX."""
+        number = self.counters.next_answer
+        self.counters.next_answer += 1
+        self._put("answers", U64.pack(number), [event_id, reply])
+        if number > limits.ANSWERS_REMEMBERED_MAX:
+            oldest = U64.pack(number - limits.ANSWERS_REMEMBERED_MAX)
+            self._txn.delete(oldest, db=self._tables.answers)
+
+    def claim(self, epoch: int, boot: str, *, expire: bool) -> None:
+        """Make `epoch` the owner; with `expire` the times of another boot become 0."""
+        self.ops.append(["claim", epoch, boot, expire])
+        put_meta(self._txn, self._tables, EPOCH, U64.pack(epoch))
+        put_meta(self._txn, self._tables, BOOT, boot.encode())
+        if expire:
+            self._expire("sessions", 4)
+            self._expire("trash", 2)
+
+    def raise_counters(self, generation: int, trash_id: int, segment_id: int) -> None:
+        """Numbers below these are never given out again."""
+        self.ops.append(["counters", generation, trash_id, segment_id])
+        counters = self.counters
+        counters.next_generation = max(counters.next_generation, generation)
+        counters.next_trash_id = max(counters.next_trash_id, trash_id)
+        counters.next_segment_id = max(counters.next_segment_id, segment_id)
+
+    def _expire(self, name: str, field: int) -> None:
+        """Set a time in all records of a table to 0, by position in the packed record."""
+        handle = getattr(self._tables, name)
+        for key, packed in list(sealed_records(self._txn, name.encode(), handle)):
+            if packed is not None:
+                packed[field] = 0
+                record = codec.seal(name.encode(), key, codec.pack(packed))
+                self._txn.put(key, record, db=handle)
+
+    def _put(self, name: str, key: bytes, value: Any) -> None:
+        if name in ("sessions", "segments"):
+            self._grow()
+        self.ops.append(["put", name, key, value])
+        record = codec.seal(name.encode(), key, codec.pack(value))
+        self._txn.put(key, record, db=getattr(self._tables, name))
+
+    def _drop(self, name: str, key: bytes) -> None:
+        self.ops.append(["drop", name, key])
+        self._txn.delete(key, db=getattr(self._tables, name))
+
+    def _grow(self) -> None:
+        """Refuse what makes a full index larger; removing needs the rest of the room."""
+        if self._full is not None:
+            raise self._full
+
+    # ----------------------------------------------------------------------------------- log
+
+    def apply(self, ops: list[list[Any]]) -> None:
+        """Do the operations of a log entry.
+
+        Raises:
+            Corrupt: an operation that this version does not know.
+        """
+        for name, *arguments in ops:
+            apply = _APPLY.get(name)
+            if apply is None:
+                raise Corrupt(f"unknown operation {name!r} in the log of an index")
+            apply(self, *arguments)
+
+    def finish(self, epoch: int) -> None:
+        """Write log entry and counters; the transaction is ready to be committed."""
+        counters, handle = self.counters, self._tables.log
+        counters.seq += 1
+        key = U64.pack(counters.seq)
+        record = codec.seal(b"log", key, codec.pack([epoch, self.ops]))
+        self._txn.put(key, record, db=handle, append=True)
+        counters.log_bytes += len(record)
+        while counters.log_bytes > LOG_BYTES_MAX and counters.log_first < counters.seq:
+            oldest = self._txn.pop(U64.pack(counters.log_first), db=handle)
+            counters.log_bytes -= len(oldest or b"")
+            counters.log_first += 1
+        put_meta(self._txn, self._tables, COUNTERS, counters.encode())
+
+
+def contiguous(keys: Keys) -> Keys:
+    return np.ascontiguousarray(keys, np.int64)
+
+
+def _apply_add(
+    batch: IndexBatch, keys: bytes, locations: list[Any], parent_key: int | None, written_s: int
+) -> None:
+    unpacked = codec.unpack_locations(locations)
+    batch.add_blocks(codec.unpack_keys(keys), unpacked, parent_key, written_s)
+
+
+def _apply_put(batch: IndexBatch, name: str, key: bytes, value: Any) -> None:
+    if name == "answers":
+        batch.remember(*value)
+    elif name == "sessions":
+        batch.put_session(codec.unpack_session(value))
+    elif name == "trash":
+        batch.put_trash(codec.unpack_trash(value))
+    else:
+        batch.put_segment(codec.unpack_segment(value))
+
+
+def _apply_claim(batch: IndexBatch, epoch: int, boot: str, expire: bool) -> None:
+    batch.claim(epoch, boot, expire=expire)
+
+
+_APPLY: dict[str, Any] = {
+    "add": _apply_add,
+    "remove": lambda batch, keys: batch.remove_blocks(codec.unpack_keys(keys)),
+    "put": _apply_put,
+    "drop": lambda batch, name, key: batch._drop(name, key),
+    "claim": _apply_claim,
+    "counters": IndexBatch.raise_counters,
+}

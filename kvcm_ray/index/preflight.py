@@ -1,0 +1,99 @@
+"""Looking at ``data.mdb`` before LMDB maps it: a truncated file would end the process by SIGBUS.
+
+LMDB's two meta pages say which page is the last one in use. LMDB itself may leave the file a little
+short of that (pages that were allocated and freed in one transaction are never written), so the
+writer keeps the file longer than its last page by a reserve; then "shorter than the last page"
+always means "truncated". The reserve is also what removing blocks is done with on a full disk.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+from kvcm_ray.errors import Corrupt, NotFound, StorageIOError
+
+DATA_FILE = "data.mdb"
+PAGE_HEADER_BYTES = 16
+META_MAGIC = 0xBEEFC0DE
+META_VERSION = 1
+RESERVE_BYTES = 1 << 20
+#: magic u32, version u32, address u64, map size u64; two database records, the first of which
+#: begins with the page size u32; then last page u64, transaction number u64.
+_META = struct.Struct("<IIQQI92xQQ")
+REMEDY = (
+    "stop the manager and move the folder away: block headers rebuild the index at the next start"
+)
+
+
+def data_file(path: Path) -> Path:
+    return path / DATA_FILE
+
+
+def check_file(path: Path) -> None:
+    """Refuse an environment whose data file is missing, foreign or shorter than its last page.
+
+    Raises:
+        NotFound: no data file.
+        Corrupt: anything LMDB would choke on; the message names file and remedy.
+        StorageIOError: it cannot be read.
+    """
+    file = data_file(path)
+    try:
+        with file.open("rb") as handle:
+            head = handle.read(2 * 65536)
+            size = os.fstat(handle.fileno()).st_size
+    except FileNotFoundError:
+        raise NotFound(f"no index at {path}") from None
+    except OSError as error:
+        raise StorageIOError(f"cannot read {file}: {error}") from error
+    needed = _needed_bytes(head, file)
+    if size < needed:
+        raise Corrupt(f"{file} has {size} bytes but its last page ends at {needed}; {REMEDY}")
+
+
+def sync_file(file: Path) -> None:
+    """fsync. Raises StorageIOError."""
+    try:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise StorageIOError(f"cannot sync {file}: {error}") from error
+
+
+def _needed_bytes(head: bytes, file: Path) -> int:
+    """End of the last page according to the newer meta page."""
+    newest, needed, page = -1, 0, 0
+    for _ in range(2):
+        if len(head) < page + PAGE_HEADER_BYTES + _META.size:
+            raise Corrupt(f"{file} has no second meta page; {REMEDY}")
+        magic, version, _, _, page_bytes, last, number = _META.unpack_from(
+            head, page + PAGE_HEADER_BYTES
+        )
+        if magic != META_MAGIC or version != META_VERSION:
+            raise Corrupt(f"{file} is not an LMDB data file (meta page at {page}); {REMEDY}")
+        if page_bytes not in (4096, 8192, 16384, 32768, 65536):
+            raise Corrupt(f"{file} names a page size of {page_bytes} bytes; {REMEDY}")
+        if number > newest:
+            newest, needed = number, (last + 1) * page_bytes
+        page = page_bytes
+    return needed
+
+
+def keep_reserve(path: Path, last_page_end: int, known_end: int) -> int:
+    """Make the file longer than its last page by the reserve, with its space really allocated.
+
+    Returns how far space is known to be allocated now; `known_end` again if there is none left.
+    """
+    if known_end >= last_page_end + RESERVE_BYTES // 2:
+        return known_end
+    try:
+        handle = os.open(data_file(path), os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.posix_fallocate(handle, last_page_end, RESERVE_BYTES)
+        finally:
+            os.close(handle)
+    except OSError:
+        return known_end
+    return last_page_end + RESERVE_BYTES

@@ -1,0 +1,185 @@
+"""Looking keys up in runs: the one algorithm behind match, look-up and removal.
+
+For a key, get its pointer, then the run it points into, then compare the run's keys from there on
+with the keys asked for, in one operation; go on at the first difference, or at the run's end. Each
+key is in at most one living place, so an equal key in a run *is* that key's place, and the result
+is that of a flat dictionary whatever keys are asked for, chained or not.
+
+A damaged or contradicting record is a miss, and is counted in `Damage`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import lmdb
+import numpy as np
+import numpy.typing as npt
+
+from kvcm_ray.core.requests import Flags, Keys
+from kvcm_ray.index import codec
+from kvcm_ray.index.codec import COLUMNS, RUN_HEADER, Columns
+from kvcm_ray.index.tables import Tables
+
+
+@dataclass(slots=True)
+class Damage:
+    """Counts records that read as a miss because they are damaged."""
+
+    records: int = 0
+
+
+class Span(NamedTuple):
+    """`blocks` keys from `at` on are the blocks from `offset` on of a run."""
+
+    at: int
+    blocks: int
+    run_id: int
+    offset: int
+    header: tuple[int, int, int]
+    view: Any  #: the run's record, valid until the transaction ends or writes
+
+
+def spans(txn: Any, tables: Tables, keys: Keys, damage: Damage, *, prefix: bool) -> Iterator[Span]:
+    """Hits among `keys` (contiguous) in order; stops at the first miss if only the prefix matters.
+
+    `txn` must have been begun with ``db=tables.keys, buffers=True``.
+    """
+    get, runs, number, key_of = txn.get, tables.runs, int.from_bytes, codec.U64.pack
+    raw, at, total = keys.tobytes(), 0, len(keys)
+    while at < total:
+        count = 0
+        try:
+            pointer = get(raw[8 * at : 8 * at + 8])
+            if pointer is not None:
+                word = number(pointer[:8], "little")
+                run_id, offset = word >> 16, word & 0xFFFF
+                view = get(key_of(run_id), None, runs)
+                header = codec.read_header(view, run_id)
+                if header is not None and offset < header[0]:
+                    count = _common(view, header, offset, keys, raw, at)
+                if count:
+                    yield Span(at, count, run_id, offset, header, view)  # type: ignore[arg-type]
+                else:
+                    damage.records += 1
+        except lmdb.Error:  # a damaged page
+            damage.records += 1
+        if not count and prefix:
+            return
+        at += count or 1
+
+
+def _common(
+    view: Any, header: tuple[int, int, int], offset: int, keys: Keys, raw: bytes, at: int
+) -> int:
+    """How many living blocks of a run from `offset` on equal the keys from `at` on."""
+    blocks, dead, _ = header
+    count = min(blocks - offset, len(keys) - at)
+    start = RUN_HEADER.size + 8 * offset
+    if not dead and bytes(view[start : start + 8 * count]) == raw[8 * at : 8 * (at + count)]:
+        return count
+    wrong = np.frombuffer(view, np.int64, count, start) != keys[at : at + count]
+    if dead:
+        wrong |= codec.holes_of(view, blocks)[offset : offset + count]
+    first = int(wrong.argmax())
+    return first if wrong[first] else count
+
+
+def match_length(txn: Any, tables: Tables, keys: Keys, damage: Damage) -> int:
+    """Length of the longest prefix of `keys` that is all there."""
+    length = 0
+    for span in spans(txn, tables, keys, damage, prefix=True):
+        length = span.at + span.blocks
+    return length
+
+
+def match(txn: Any, tables: Tables, keys: Keys, damage: Damage) -> tuple[int, Columns]:
+    """Length of the prefix, and its columns in an array of shape (COLUMNS, len(keys))."""
+    out = np.empty((COLUMNS, len(keys)), np.uint32)
+    length = 0
+    for at, count, run_id, offset, header, view in spans(txn, tables, keys, damage, prefix=True):
+        columns = codec.columns_of(view, run_id, header)
+        if columns is None:
+            damage.records += 1
+            break
+        length = at + count
+        out[:, at:length] = columns[:, offset : offset + count]
+    return length, out
+
+
+def lookup(txn: Any, tables: Tables, keys: Keys, damage: Damage) -> tuple[Flags, Columns]:
+    """Which keys are there, and their columns; those of misses are zeros."""
+    hits = np.zeros(len(keys), np.bool_)
+    out = np.zeros((COLUMNS, len(keys)), np.uint32)
+    for at, count, run_id, offset, header, view in spans(txn, tables, keys, damage, prefix=False):
+        columns = codec.columns_of(view, run_id, header)
+        if columns is None:
+            damage.records += 1
+            continue
+        hits[at : at + count] = True
+        out[:, at : at + count] = columns[:, offset : offset + count]
+    return hits, out
+
+
+def all_runs(txn: Any, tables: Tables) -> Iterator[tuple[int, codec.Run | None]]:
+    """(run id, run) of every run in the order of their making; None for a damaged one."""
+    for key, view in txn.cursor(tables.runs):
+        run_id = int.from_bytes(key, "little")
+        yield run_id, codec.decode_run(view, run_id)
+
+
+def written_between(txn: Any, tables: Tables, begin_s: int, end_s: int, damage: Damage) -> Keys:
+    """Keys of living blocks written within ``[begin_s, end_s]``; reads every run."""
+    found = [np.zeros(0, np.int64)]
+    for _, run in all_runs(txn, tables):
+        if run is None:
+            damage.records += 1
+            continue
+        written = run.columns[3]
+        found.append(run.keys[run.alive & (written >= begin_s) & (written <= end_s)])
+    return np.concatenate(found)
+
+
+@dataclass(slots=True)
+class Census:
+    """What runs and pointers say about each other; blocks are (key, run id << 16 | offset)."""
+
+    damaged_runs: list[int]
+    living: int  #: blocks in intact runs
+    dangling: set[tuple[int, int]]  #: pointers without such a block
+    unreachable: set[tuple[int, int]]  #: blocks without such a pointer
+    segments: set[int]  #: that living blocks are in
+
+
+def census(txn: Any, tables: Tables) -> Census:
+    """Compare all runs with all pointers."""
+    damaged, segments = [], set()
+    keys, words = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
+    for run_id, run in all_runs(txn, tables):
+        if run is None:
+            damaged.append(run_id)
+            continue
+        offsets = np.flatnonzero(run.alive)
+        keys.append(run.keys[offsets])
+        words.append(offsets.astype(np.uint64) | np.uint64(run_id << 16))
+        segments.update(np.unique(run.columns[0, offsets]).tolist())
+    found = _sorted(np.concatenate(keys), np.concatenate(words))
+    pairs = list(txn.cursor())
+    told = _sorted(
+        np.frombuffer(b"".join(key for key, _ in pairs), np.int64),
+        np.frombuffer(b"".join(pointer for _, pointer in pairs), np.uint64),
+    )
+    result = Census(damaged, len(found), set(), set(), segments)
+    if not np.array_equal(found, told):
+        blocks, pointers = set(map(tuple, found.tolist())), set(map(tuple, told.tolist()))
+        result.dangling, result.unreachable = pointers - blocks, blocks - pointers
+    return result
+
+
+def _sorted(keys: Keys, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.void]:
+    both = np.empty(len(keys), [("key", np.int64), ("word", np.uint64)])
+    order = np.lexsort((words, keys))
+    both["key"], both["word"] = keys[order], words[order]
+    return both
