@@ -16,7 +16,8 @@ from kvcm_ray.errors import SessionNotFound
 def finish_write(ledger: Ledger, event: FinishWriteEvent) -> Outcome:
     """Make the written blocks of a session readable and throw the others away.
 
-    A key given twice counts as written if all its places in the mask say so.
+    A key given twice counts as written if all its places in the mask say so. A session past its
+    deadline that no `Tick` has ended yet still owns its slots and can be finished.
 
     Raises:
         InvalidArgument: the mask does not fit; the session goes on.

@@ -210,7 +210,7 @@ class CacheReclaimStrategy:
     reclaim_policy: ReclaimPolicy = ReclaimPolicy.POLICY_UNSPECIFIED
     trigger_strategy: TriggerStrategy | None = None
     trigger_period_seconds: Int32 = 0
-    reclaim_step_size: Int64 = 0
+    reclaim_step_size: Int32 = 0
     reclaim_step_percentage: Int32 = 0
     delay_before_delete_ms: Int32 = 0
 

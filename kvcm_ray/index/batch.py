@@ -30,9 +30,7 @@ class IndexBatch:
     effect. Made by `IndexWriter.begin`.
     """
 
-    def __init__(
-        self, txn: Any, tables: Tables, counters: Counters, full: StorageFull | None
-    ) -> None:
+    def __init__(self, txn: Any, tables: Tables, counters: Counters, full: StorageFull | None) -> None:
         self._txn, self._tables, self.counters = txn, tables, counters
         self._full = full
         self.damage = walk.Damage()
@@ -85,16 +83,17 @@ class IndexBatch:
         return self._runs.remove(keys)
 
     def repair(self) -> int:
-        """Drop whatever is damaged; returns how many blocks and records that were. Reads all."""
+        """Drop whatever is damaged and blocks in unknown segments; returns how many keys that lost.
+
+        Reads everything.
+        """
         segments = {int.from_bytes(key, "little") for key in self._repair_table("segments")}
-        self._repair_table("sessions")
-        self._repair_table("trash")
-        before = self._runs.pointer_keys()
-        dropped = self._runs.repair(segments)
-        lost = np.setdiff1d(before, self._runs.pointer_keys())
+        for name in ("sessions", "trash", "answers"):
+            self._repair_table(name)
+        lost = self._runs.repair(walk.census(self._txn, self._tables), segments)
         if len(lost):
             self.ops.append(["remove", codec.pack_keys(lost)])
-        return dropped
+        return len(lost)
 
     def _repair_table(self, name: str) -> list[bytes]:
         """Drop damaged records of a table; returns the keys of the others."""

@@ -90,8 +90,8 @@ class SharedEnvironment:
     def _tables(self, env: Any, mode: Mode) -> Tables:
         """Handles of the tables; made if this is a writer's environment.
 
-        LMDB keeps a handle that was opened in a transaction only if that is committed, and py-lmdb
-        ends read transactions otherwise. Without one it uses a transaction of the environment's kind.
+        LMDB keeps a handle only if the transaction that opened it is committed, and py-lmdb ends
+        read transactions otherwise; without one it uses a transaction of the environment's kind.
         """
         with lmdb_errors(self.path):
             if mode.write:
@@ -115,13 +115,13 @@ class SharedEnvironment:
         if inode_of(self.path) != self.inode:
             return False
         return not mode.write or (
-            self.mode.write
-            and (self.mode.sync or not mode.sync)
-            and self.mode.map_bytes >= mode.map_bytes
+            self.mode.write and (self.mode.sync or not mode.sync) and self.mode.map_bytes >= mode.map_bytes
         )
 
     def begin(self) -> Any:
         """A read transaction with `keys` as its default table. The caller holds `lock`."""
+        if self.forked:
+            self._refuse_fork()
         try:
             return self.env.begin(self.tables.keys, None, False, True)
         except lmdb.MapResizedError:
@@ -129,8 +129,6 @@ class SharedEnvironment:
         except lmdb.ReadersFullError:
             self.env.reader_check()
         except lmdb.Error as error:
-            if self.forked:
-                self._refuse_fork()
             raise translated(error, self.path) from error
         with lmdb_errors(self.path):
             return self.env.begin(self.tables.keys, None, False, True)

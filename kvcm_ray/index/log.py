@@ -48,9 +48,7 @@ def read_log(txn: Any, tables: Tables, from_seq: int) -> list[LogEntry]:
         raise Corrupt("the counters of the index are damaged")
     counters = codec.Counters.decode(payload)
     if not counters.log_first <= from_seq <= counters.seq + 1:
-        raise LogGap(
-            f"log entry {from_seq} is not kept; the log holds {counters.log_first}..{counters.seq}"
-        )
+        raise LogGap(f"log entry {from_seq} is not kept; the log holds {counters.log_first}..{counters.seq}")
     last = min(counters.seq, from_seq + ENTRIES_PER_READ - 1)
     return [_entry(txn, tables, seq) for seq in range(from_seq, last + 1)]
 

@@ -22,9 +22,7 @@ RESERVE_BYTES = 1 << 20
 #: magic u32, version u32, address u64, map size u64; two database records, the first of which
 #: begins with the page size u32; then last page u64, transaction number u64.
 _META = struct.Struct("<IIQQI92xQQ")
-REMEDY = (
-    "stop the manager and move the folder away: block headers rebuild the index at the next start"
-)
+REMEDY = "stop the manager and move the folder away: block headers rebuild the index at the next start"
 
 
 def data_file(path: Path) -> Path:
@@ -68,9 +66,7 @@ def _needed_bytes(head: bytes, file: Path) -> int:
     for _ in range(2):
         if len(head) < page + PAGE_HEADER_BYTES + _META.size:
             raise Corrupt(f"{file} has no second meta page; {REMEDY}")
-        magic, version, _, _, page_bytes, last, number = _META.unpack_from(
-            head, page + PAGE_HEADER_BYTES
-        )
+        magic, version, _, _, page_bytes, last, number = _META.unpack_from(head, page + PAGE_HEADER_BYTES)
         if magic != META_MAGIC or version != META_VERSION:
             raise Corrupt(f"{file} is not an LMDB data file (meta page at {page}); {REMEDY}")
         if page_bytes not in (4096, 8192, 16384, 32768, 65536):

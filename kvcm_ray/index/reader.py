@@ -209,15 +209,19 @@ def _problems(txn: Any, handles: tables.Tables) -> Iterator[str]:
     census = walk.census(txn, handles)
     for run_id in census.damaged_runs:
         yield f"run {run_id} is damaged"
-    for key, word in sorted(census.dangling):
-        yield f"the pointer of key {key} to block {word & 0xFFFF} of run {word >> 16} is wrong"
+    # Each damaged record is told once: not also what leads to it, or what it should have led to.
+    damaged_runs = set(census.damaged_runs)
+    own = {key: word for key, word in census.dangling if word >> 16 not in damaged_runs}
+    for key, word in sorted(own.items()):
+        yield f"the pointer of key {key} is damaged: run {word >> 16} has no such block"
     for key, word in sorted(census.unreachable):
-        yield f"key {key} has no pointer to block {word & 0xFFFF} of run {word >> 16}"
+        if key not in own:
+            yield f"the pointer of key {key} to run {word >> 16} is missing"
     payload = tables.get_meta(txn, handles, tables.COUNTERS)
     counted = codec.Counters.decode(payload).blocks if payload else None
     if counted != census.living:
         yield f"the counters say {counted} blocks, there are {census.living}"
     for name in ("segments", "sessions", "trash", "answers", "log"):
-        for key, packed in tables.sealed_records(txn, name.encode(), getattr(handles, name)):
+        for record, packed in tables.sealed_records(txn, name.encode(), getattr(handles, name)):
             if packed is None:
-                yield f"record {key.hex()} of {name} is damaged"
+                yield f"record {record.hex()} of {name} is damaged"

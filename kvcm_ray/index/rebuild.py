@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kvcm_ray.core import limits
 from kvcm_ray.core.model import InstanceInfo, Segment
 from kvcm_ray.core.records import TRASH_BLOCKS_MAX, TrashRecord
 from kvcm_ray.core.requests import BlockLocations, Flags, Keys
@@ -26,6 +27,8 @@ from kvcm_ray.index.writer import IndexWriter
 from kvcm_ray.storage_adapters.base import StorageAdapter
 
 BLOCKS_PER_COMMIT = 16_384
+#: Sessions that were under way left no header yet; their numbers must not be given out again.
+GENERATIONS_SKIPPED = 1 + limits.SESSIONS_PER_GROUP_MAX
 
 
 @dataclass(slots=True)
@@ -75,6 +78,9 @@ def rebuild(
     losers = np.flatnonzero(~winners)
     _discard(writer, info.instance_id, found.locations, losers)
     result.discarded = len(losers)
+    with writer.begin() as batch:
+        newest = int(found.locations.generation.max(initial=0))
+        batch.raise_counters(newest + GENERATIONS_SKIPPED, 1, 1)
     writer.rebuilt()
     return result
 
@@ -146,8 +152,6 @@ def _winners(found: _Found) -> Flags:
 
 def _restore(batch: IndexBatch, found: _Found, chosen: npt.NDArray[np.intp], written_s: int) -> int:
     """Add blocks that are not there from an earlier attempt; returns how many are there now."""
-    generation = int(found.locations.generation[chosen].max()) + 1
-    batch.raise_counters(generation, 1, 1)
     hits, _ = batch.lookup(found.keys[chosen])
     missing = chosen[~hits]
     if len(missing):
@@ -160,10 +164,7 @@ def _discard(
 ) -> None:
     for chosen in _chunks(losers, TRASH_BLOCKS_MAX):
         with writer.begin() as batch:
-            record = TrashRecord(
-                batch.counters.next_trash_id, instance_id, 0, locations.take(chosen)
-            )
-            batch.raise_counters(int(record.locations.generation.max()) + 1, 1, 1)
+            record = TrashRecord(batch.counters.next_trash_id, instance_id, 0, locations.take(chosen))
             batch.put_trash(record)
 
 

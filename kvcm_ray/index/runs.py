@@ -105,7 +105,7 @@ class RunTables:
         found: dict[int, list[int]] = {}
         hits = np.zeros(len(keys), np.bool_)
         for span in walk.spans(self._txn, self._tables, keys, self._damage, prefix=False):
-            offsets = found.setdefault(span.run_id, [])
+            offsets = found.setdefault(span.run.run_id, [])
             offsets.extend(range(span.offset, span.offset + span.blocks))
             hits[span.at : span.at + span.blocks] = True
         for key in _raw_keys(keys[hits]):
@@ -145,38 +145,35 @@ class RunTables:
             [(key, pointers[8 * i : 8 * i + 8]) for i, key in enumerate(_raw_keys(keys))]
         )
 
-    def pointer_keys(self) -> Keys:
-        """Every key that has a pointer, dangling ones included."""
-        cursor = self._txn.cursor()
-        return np.frombuffer(b"".join(cursor.iternext(values=False)), np.int64)
-
-    def repair(self, known_segments: set[int]) -> int:
+    def repair(self, census: walk.Census, known_segments: set[int]) -> Keys:
         """Drop damaged runs, pointers that lead nowhere, blocks without a pointer and blocks in
-        unknown segments. Returns how many records and blocks that were. Reads everything.
+        unknown segments. Returns the keys that are lost by that.
         """
-        census = walk.census(self._txn, self._tables)
         for run_id in census.damaged_runs:
             self._txn.delete(U64.pack(run_id), db=self._tables.runs)
         for key, _ in census.dangling:
             self._txn.delete(np.int64(key).tobytes())
-        lost: dict[int, list[int]] = {}
+        unreachable: dict[int, list[int]] = {}
         for _, word in census.unreachable:
-            lost.setdefault(word >> 16, []).append(word & 0xFFFF)
-        for run_id, offsets in lost.items():
+            unreachable.setdefault(word >> 16, []).append(word & 0xFFFF)
+        for run_id, offsets in unreachable.items():
             self._punch(run_id, offsets)
         self._counters.blocks = census.living - len(census.unreachable)
-        dropped = len(census.damaged_runs) + len(census.dangling) + len(census.unreachable)
+        lost = [key for key, _ in census.dangling | census.unreachable]
+        homeless = np.zeros(0, np.int64)
         if census.segments - known_segments:
-            dropped += self._remove_homeless(known_segments)
-        return dropped
+            homeless = self._remove_homeless(known_segments)
+        return np.unique(np.concatenate((np.array(lost, np.int64), homeless)))
 
-    def _remove_homeless(self, known_segments: set[int]) -> int:
+    def _remove_homeless(self, known_segments: set[int]) -> Keys:
         known = np.array(sorted(known_segments), np.uint32)
-        keys = [np.zeros(0, np.int64)]
+        found = [np.zeros(0, np.int64)]
         for _, run in walk.all_runs(self._txn, self._tables):
             if run is not None:
-                keys.append(run.keys[run.alive & ~np.isin(run.columns[0], known)])
-        return self.remove(np.concatenate(keys))
+                found.append(run.keys[run.alive & ~np.isin(run.columns[0], known)])
+        keys = np.concatenate(found)
+        self.remove(keys)
+        return keys
 
 
 def _raw_keys(keys: Keys) -> Iterable[bytes]:

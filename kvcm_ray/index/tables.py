@@ -37,8 +37,7 @@ class Tables:
 def open_tables(env: Any, txn: Any, *, create: bool) -> Tables:
     """Raises lmdb.NotFoundError if one is missing and may not be made."""
     handles = {
-        name: env.open_db(name.encode(), txn=txn, create=create, integerkey=True)
-        for name in INTEGER_KEYED
+        name: env.open_db(name.encode(), txn=txn, create=create, integerkey=True) for name in INTEGER_KEYED
     }
     for name in STRING_KEYED:
         handles[name] = env.open_db(name.encode(), txn=txn, create=create)

@@ -31,15 +31,50 @@ class Damage:
     records: int = 0
 
 
+class OpenRun:
+    """A run record whose keys are verified; valid until the transaction ends or writes.
+
+    What else is asked of it is verified once and kept, as a walk may come back to it many times.
+    """
+
+    __slots__ = ("_columns", "_holes", "header", "run_id", "view")
+
+    def __init__(self, run_id: int, view: Any, header: tuple[int, int, int]) -> None:
+        self.run_id, self.view, self.header = run_id, view, header
+        self._columns: Columns | None = None
+        self._holes: Flags | None = None
+
+    def columns(self) -> Columns | None:
+        """A view of the locations; None if they are damaged."""
+        if self._columns is None:
+            self._columns = codec.columns_of(self.view, self.run_id, self.header)
+        return self._columns
+
+    def common(self, offset: int, keys: Keys, raw: bytes, at: int) -> int:
+        """How many living blocks from `offset` on equal the keys from `at` on."""
+        blocks, dead, _ = self.header
+        view, start, here = self.view, RUN_HEADER.size + 8 * offset, 8 * at
+        count = min(blocks - offset, len(keys) - at)
+        if count > 1 and bytes(view[start + 8 : start + 16]) != raw[here + 8 : here + 16]:
+            count = 1  # keys in no order of ours: spare the long comparison
+        if not dead and bytes(view[start : start + 8 * count]) == raw[here : here + 8 * count]:
+            return count
+        wrong = np.frombuffer(view, np.int64, count, start) != keys[at : at + count]
+        if dead:
+            if self._holes is None:
+                self._holes = codec.holes_of(view, blocks)
+            wrong |= self._holes[offset : offset + count]
+        first = int(wrong.argmax())
+        return first if wrong[first] else count
+
+
 class Span(NamedTuple):
     """`blocks` keys from `at` on are the blocks from `offset` on of a run."""
 
     at: int
     blocks: int
-    run_id: int
     offset: int
-    header: tuple[int, int, int]
-    view: Any  #: the run's record, valid until the transaction ends or writes
+    run: OpenRun
 
 
 def spans(txn: Any, tables: Tables, keys: Keys, damage: Damage, *, prefix: bool) -> Iterator[Span]:
@@ -47,8 +82,9 @@ def spans(txn: Any, tables: Tables, keys: Keys, damage: Damage, *, prefix: bool)
 
     `txn` must have been begun with ``db=tables.keys, buffers=True``.
     """
-    get, runs, number, key_of = txn.get, tables.runs, int.from_bytes, codec.U64.pack
+    get, number = txn.get, int.from_bytes
     raw, at, total = keys.tobytes(), 0, len(keys)
+    opened: dict[int, OpenRun | None] = {}
     while at < total:
         count = 0
         try:
@@ -56,12 +92,11 @@ def spans(txn: Any, tables: Tables, keys: Keys, damage: Damage, *, prefix: bool)
             if pointer is not None:
                 word = number(pointer[:8], "little")
                 run_id, offset = word >> 16, word & 0xFFFF
-                view = get(key_of(run_id), None, runs)
-                header = codec.read_header(view, run_id)
-                if header is not None and offset < header[0]:
-                    count = _common(view, header, offset, keys, raw, at)
+                run = opened[run_id] if run_id in opened else _open(txn, tables, run_id, opened)
+                if run is not None and offset < run.header[0]:
+                    count = run.common(offset, keys, raw, at)
                 if count:
-                    yield Span(at, count, run_id, offset, header, view)  # type: ignore[arg-type]
+                    yield Span(at, count, offset, run)  # type: ignore[arg-type]
                 else:
                     damage.records += 1
         except lmdb.Error:  # a damaged page
@@ -71,20 +106,11 @@ def spans(txn: Any, tables: Tables, keys: Keys, damage: Damage, *, prefix: bool)
         at += count or 1
 
 
-def _common(
-    view: Any, header: tuple[int, int, int], offset: int, keys: Keys, raw: bytes, at: int
-) -> int:
-    """How many living blocks of a run from `offset` on equal the keys from `at` on."""
-    blocks, dead, _ = header
-    count = min(blocks - offset, len(keys) - at)
-    start = RUN_HEADER.size + 8 * offset
-    if not dead and bytes(view[start : start + 8 * count]) == raw[8 * at : 8 * (at + count)]:
-        return count
-    wrong = np.frombuffer(view, np.int64, count, start) != keys[at : at + count]
-    if dead:
-        wrong |= codec.holes_of(view, blocks)[offset : offset + count]
-    first = int(wrong.argmax())
-    return first if wrong[first] else count
+def _open(txn: Any, tables: Tables, run_id: int, opened: dict[int, OpenRun | None]) -> OpenRun | None:
+    view = txn.get(codec.U64.pack(run_id), None, tables.runs)
+    header = codec.read_header(view, run_id)
+    run = opened[run_id] = None if header is None else OpenRun(run_id, view, header)
+    return run
 
 
 def match_length(txn: Any, tables: Tables, keys: Keys, damage: Damage) -> int:
@@ -99,8 +125,8 @@ def match(txn: Any, tables: Tables, keys: Keys, damage: Damage) -> tuple[int, Co
     """Length of the prefix, and its columns in an array of shape (COLUMNS, len(keys))."""
     out = np.empty((COLUMNS, len(keys)), np.uint32)
     length = 0
-    for at, count, run_id, offset, header, view in spans(txn, tables, keys, damage, prefix=True):
-        columns = codec.columns_of(view, run_id, header)
+    for at, count, offset, run in spans(txn, tables, keys, damage, prefix=True):
+        columns = run.columns()
         if columns is None:
             damage.records += 1
             break
@@ -113,8 +139,8 @@ def lookup(txn: Any, tables: Tables, keys: Keys, damage: Damage) -> tuple[Flags,
     """Which keys are there, and their columns; those of misses are zeros."""
     hits = np.zeros(len(keys), np.bool_)
     out = np.zeros((COLUMNS, len(keys)), np.uint32)
-    for at, count, run_id, offset, header, view in spans(txn, tables, keys, damage, prefix=False):
-        columns = codec.columns_of(view, run_id, header)
+    for at, count, offset, run in spans(txn, tables, keys, damage, prefix=False):
+        columns = run.columns()
         if columns is None:
             damage.records += 1
             continue
@@ -166,16 +192,24 @@ def census(txn: Any, tables: Tables) -> Census:
         words.append(offsets.astype(np.uint64) | np.uint64(run_id << 16))
         segments.update(np.unique(run.columns[0, offsets]).tolist())
     found = _sorted(np.concatenate(keys), np.concatenate(words))
-    pairs = list(txn.cursor())
-    told = _sorted(
-        np.frombuffer(b"".join(key for key, _ in pairs), np.int64),
-        np.frombuffer(b"".join(pointer for _, pointer in pairs), np.uint64),
-    )
+    told = _sorted(*all_pointers(txn))
     result = Census(damaged, len(found), set(), set(), segments)
     if not np.array_equal(found, told):
         blocks, pointers = set(map(tuple, found.tolist())), set(map(tuple, told.tolist()))
         result.dangling, result.unreachable = pointers - blocks, blocks - pointers
     return result
+
+
+def all_pointers(txn: Any) -> tuple[Keys, npt.NDArray[np.uint64]]:
+    """Every key that has a pointer, and the pointers."""
+    keys, words = (
+        bytearray(),
+        bytearray(),
+    )  # not a list of buffers, which would take 20 times as much
+    for key, word in txn.cursor():
+        keys += key
+        words += word[:8]
+    return np.frombuffer(keys, np.int64), np.frombuffer(words, np.uint64)
 
 
 def _sorted(keys: Keys, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.void]:

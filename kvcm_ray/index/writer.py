@@ -308,16 +308,16 @@ class IndexWriter(IndexStore):
     def recover(self) -> RecoveredInstance:
         """All that `GroupState` needs. Damaged records, and blocks in unknown segments, are dropped
         from the index first."""
-        with self.begin() as batch:
-            batch.repair()
+        with self.begin():
+            pass  # raises Fenced
+        if not self._is_sound():
+            with self.begin() as batch:
+                batch.repair()
         with self._shared.read() as (txn, handles):
             counters = self._counters(txn)
             used = [run.columns[:3, run.alive] for _, run in walk.all_runs(txn, handles) if run]
             columns = np.concatenate([np.zeros((3, 0), np.uint32), *used], axis=1)
-            records = {
-                name: [v for _, v in _sealed(txn, handles, name) if v is not None]
-                for name in ("segments", "sessions", "trash", "answers")
-            }
+            records = {name: list(_values(txn, handles, name)) for name in _RECOVERED}
         return RecoveredInstance(
             segments=[codec.unpack_segment(v) for v in records["segments"]],
             sessions=[codec.unpack_session(v) for v in records["sessions"]],
@@ -330,6 +330,20 @@ class IndexWriter(IndexStore):
             answers=dict(records["answers"]),
         )
 
+    def _is_sound(self) -> bool:
+        """Whether there is nothing to repair; found outside a write transaction, as it is slow."""
+        with self._shared.read() as (txn, handles):
+            values = {name: list(_values(txn, handles, name)) for name in _RECOVERED}
+            census = walk.census(txn, handles)
+            counted = self._counters(txn).blocks
+        segments = {codec.unpack_segment(v).segment_id for v in values["segments"] if v is not None}
+        return (
+            not (census.damaged_runs or census.dangling or census.unreachable)
+            and counted == census.living
+            and census.segments <= segments
+            and not any(value is None for found in values.values() for value in found)
+        )
+
     def rebuilt(self) -> None:
         """Say that the rebuild is done; the index that was set aside is deleted."""
         self._identity = replace(self._identity, complete=True)
@@ -338,8 +352,13 @@ class IndexWriter(IndexStore):
         shutil.rmtree(self.path / boot.ASIDE_FOLDER, ignore_errors=True)
 
 
-def _sealed(txn: Any, handles: tables.Tables, name: str) -> Iterator[tuple[bytes, Any]]:
-    return tables.sealed_records(txn, name.encode(), getattr(handles, name))
+_RECOVERED = ("segments", "sessions", "trash", "answers")
+
+
+def _values(txn: Any, handles: tables.Tables, name: str) -> Iterator[Any]:
+    """Values of a table of sealed records; None for damaged ones."""
+    for _, value in tables.sealed_records(txn, name.encode(), getattr(handles, name)):
+        yield value
 
 
 class IndexReplica(IndexStore):

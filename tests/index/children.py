@@ -84,7 +84,7 @@ def disk_full(path: str) -> None:
     everything = np.arange(1, acknowledged * BATCH + 1, dtype=np.int64)
     reader = IndexReader(path)
     assert reader.match(everything).length == len(everything)
-    for number in range(0, acknowledged // 2):
+    for number in range(acknowledged // 2):
         with writer.begin() as batch:
             assert batch.remove_blocks(batch_of(number)[0]) == BATCH
     keys, locations = batch_of(0)

@@ -1,4 +1,4 @@
-"""Whatever is wrong with the file: a miss, or a typed error before LMDB maps it. Never wrong data."""
+"""Whatever is wrong with the file: a miss, or a typed error before LMDB maps it."""
 
 from __future__ import annotations
 
@@ -66,9 +66,7 @@ def check_answers(reader: IndexReader, build: Any) -> bool:
 
 
 @pytest.mark.parametrize("table", ["runs", "keys"])
-def test_every_bit_flip_of_a_value(
-    filled: IndexWriter, reader: IndexReader, build: Any, table: str
-) -> None:
+def test_every_bit_flip_of_a_value(filled: IndexWriter, reader: IndexReader, build: Any, table: str) -> None:
     for key, value in records(filled, table):
         for changed in flips(value):
             put(filled, table, key, changed)
@@ -129,9 +127,7 @@ def copies(path: Path, target: Path, lengths: list[int]) -> list[Path]:
     return made
 
 
-def test_truncation_at_each_page(
-    open_writer: Callable[..., IndexWriter], tmp_path: Path, build: Any
-) -> None:
+def test_truncation_at_each_page(open_writer: Callable[..., IndexWriter], tmp_path: Path, build: Any) -> None:
     """Refused with a sentence, in another process, because it would die by SIGBUS otherwise."""
     writer = open_writer()
     keys = np.arange(1, 401, dtype=np.int64)

@@ -13,17 +13,29 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvcm_ray.core.model import Durability
-from kvcm_ray.core.requests import BlockLocations, Keys
+from kvcm_ray.core.requests import U32, BlockLocations, Keys
 from kvcm_ray.errors import InvalidArgument
 from kvcm_ray.index import IndexReader, IndexWriter, codec, runs
 
-#: Few keys, so that the same ones come back; both signs and both ends.
-KEYS = st.sampled_from([-(2**63), -5, -1, 0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 2**32, 2**63 - 1])
-KEY_LISTS = st.lists(KEYS, max_size=24)
+
+def sum_of(lists: tuple[list[int], list[int]]) -> list[int]:
+    return lists[0] + lists[1]
+
+
+#: Few keys, so that the same ones come back; both signs and both ends. In this order a chain.
+CHAIN = [-(2**63), -5, -1, 0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 2**32, 2**63 - 1]
+KEYS = st.sampled_from(CHAIN)
+#: Stretches of the chain, so that look-ups run along runs and over their holes; or anything.
+STRETCHES = st.tuples(st.integers(0, 15), st.integers(1, 16)).map(lambda s: CHAIN[s[0] :][: s[1]])
+KEY_LISTS = STRETCHES | st.lists(KEYS, max_size=24) | st.tuples(STRETCHES, STRETCHES).map(sum_of)
 
 
 def array(keys: list[int]) -> Keys:
     return np.array(keys, np.int64)
+
+
+def rows_of(*columns: U32) -> list[tuple[int, ...]]:
+    return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 class IndexMachine(RuleBasedStateMachine):
@@ -46,13 +58,17 @@ class IndexMachine(RuleBasedStateMachine):
         )
         self.reader = IndexReader(self.folder)
 
-    @rule(wanted=st.lists(KEYS, min_size=1, max_size=16, unique=True), parent=st.none() | KEYS)
-    def add(self, wanted: list[int], parent: int | None) -> None:
+    @rule(
+        wanted=st.lists(KEYS, min_size=1, max_size=16, unique=True) | STRETCHES,
+        chained=st.booleans(),
+    )
+    def add(self, wanted: list[int], chained: bool) -> None:
+        """With the right parent (which may be absent or in the middle of a run), or any."""
         new = [key for key in wanted if key not in self.flat]
+        before = CHAIN.index(new[0]) - 1 if new else -1
+        parent = CHAIN[before] if before >= 0 and chained else (CHAIN[self.stamp % 16])
         self.stamp += 1
-        rows = [
-            (self.stamp % 3, i * 7 + self.stamp, self.stamp, self.stamp) for i in range(len(new))
-        ]
+        rows = [(self.stamp % 3, i * 7 + self.stamp, self.stamp, self.stamp) for i in range(len(new))]
         columns = np.array(rows, np.uint32).reshape(len(new), 4).T
         with self.writer.begin() as batch:
             batch.add_blocks(array(new), BlockLocations(*columns[:3]), parent, self.stamp)
@@ -66,9 +82,13 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(keys=KEY_LISTS)
     def give_up(self, keys: list[int]) -> None:
-        with pytest.raises(RuntimeError), self.writer.begin() as batch:
-            batch.remove_blocks(array(keys))
-            raise RuntimeError
+        def dropped() -> None:
+            with self.writer.begin() as batch:
+                batch.remove_blocks(array(keys))
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            dropped()
 
     @rule(key=KEYS)
     def add_again(self, key: int) -> None:
@@ -98,7 +118,7 @@ class IndexMachine(RuleBasedStateMachine):
         found = self.reader.match(array(keys))
         assert found.length == len(expected) == self.reader.match_length(array(keys))
         at = found.locations
-        assert list(zip(*(c.tolist() for c in (at.segment, at.slot, at.generation)))) == expected
+        assert rows_of(at.segment, at.slot, at.generation) == expected
 
     @rule(keys=KEY_LISTS)
     def lookup(self, keys: list[int]) -> None:
@@ -112,8 +132,7 @@ class IndexMachine(RuleBasedStateMachine):
                     hits, at = batch.lookup(array(keys))
                     written = batch.written(array(keys))
             assert hits.tolist() == [key in self.flat for key in keys]
-            columns = (at.segment, at.slot, at.generation, written)
-            assert list(zip(*(c.tolist() for c in columns))) == expected
+            assert rows_of(at.segment, at.slot, at.generation, written) == expected
 
     @rule(begin=st.integers(0, 30), end=st.integers(0, 30))
     def select_written(self, begin: int, end: int) -> None:
@@ -138,8 +157,8 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 IndexMachine.TestCase.settings = settings(
-    max_examples=60,
-    stateful_step_count=25,
+    max_examples=120,
+    stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
@@ -177,6 +196,10 @@ def test_a_long_chain_is_few_runs(writer: IndexWriter, reader: IndexReader) -> N
         batch.add_blocks(array([-1, -2]), BlockLocations.empty(2), int(chain[99]), 1)
     assert [len(run.keys) for run in reader.runs()] == [510, 510, 510, 510, 2]
     assert reader.match_length(np.concatenate((chain[:100], array([-1, -2, -3])))) == 102
+    with writer.begin() as batch:
+        batch.add_blocks(array([-3]), BlockLocations.empty(1), -1, 1)
+    assert [len(run.keys) for run in reader.runs()] == [510, 510, 510, 510, 2, 1]
+    assert reader.match_length(array([-1, -3, -2])) == 3
     assert reader.match_length(chain) == 2040
 
 

@@ -112,9 +112,13 @@ def test_a_full_map(open_writer: Callable[..., IndexWriter], build: Any) -> None
         with writer.begin() as batch:
             batch.add_blocks(keys, build.locations(keys), None, 1)
 
-    with pytest.raises(StorageFull, match=r"index.* has used its map of 1048576 bytes"):
+    def fill() -> None:
+        nonlocal added
         for added in range(10_000):
             add(added)
+
+    with pytest.raises(StorageFull, match=r"index.* has used its map of 1048576 bytes"):
+        fill()
     assert added > 100
     before = writer.stats()
     assert before.key_count == added * 32
@@ -175,7 +179,7 @@ def test_a_stricter_writer_makes_the_environment_stricter(
 
 
 def kill_loop(tmp_path: Path, rounds: int, durability: Durability) -> int:
-    """kill -9 a writer at random times; everything it acknowledged must be there. Returns commits."""
+    """kill -9 a writer at random times: all it acknowledged is there. Returns the commits."""
     path, acks = tmp_path / "index", tmp_path / "acks"
     acks.touch()
     chance = np.random.default_rng(rounds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -84,7 +86,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert {(s, first + i) for s, first, n in extents for i in range(n)} == self.free
         assert self.allocator.free_total == len(self.free)
         assert self.allocator.slots_total == sum(self.slots.values())
-        for (s, first, n), (t, after, _) in zip(extents, extents[1:], strict=False):
+        for (s, first, n), (t, after, _) in pairwise(extents):
             assert s != t or first + n < after, "neighbouring extents are merged"
         for segment in self.slots:
             assert self.allocator.taken(segment) == sum(1 for s, _ in self.taken if s == segment)

@@ -1,7 +1,7 @@
 """The transition table, and that GroupState knows no other transitions.
 
-For every pair of a state and an event: bring a block into the state, let the event happen, look where
-the block is. Pairs that the table lacks leave the block where it was, as a refusal or as nothing.
+For every pair of a state and an event: bring a block into the state, let the event happen, look
+where the block is. Pairs that the table lacks leave it where it was, as a refusal or as nothing.
 """
 
 from __future__ import annotations

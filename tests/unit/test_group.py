@@ -372,8 +372,12 @@ def test_empty_sessions_expire_and_are_bounded(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("timeout_ms", "lease_ms"),
-    [(0, limits.SESSION_TIMEOUT_DEFAULT_MS), (-5, limits.SESSION_TIMEOUT_DEFAULT_MS), (7, 7)]
-    + [(10**12, limits.SESSION_TIMEOUT_MAX_MS)],
+    [
+        (0, limits.SESSION_TIMEOUT_DEFAULT_MS),
+        (-5, limits.SESSION_TIMEOUT_DEFAULT_MS),
+        (7, 7),
+        (10**12, limits.SESSION_TIMEOUT_MAX_MS),
+    ],
 )
 def test_expiry(timeout_ms: int, lease_ms: int) -> None:
     d = driver()
@@ -404,11 +408,19 @@ def test_all_due_sessions_expire_at_once() -> None:
 
 def test_finished_sessions_do_not_pile_up() -> None:
     d = driver()
+    d.start("i", [1001], sid(1001), timeout_ms=30)
+    d.start("i", [1002], sid(1002), timeout_ms=10)
+    d.start("i", [1003], sid(1003), timeout_ms=20)
     for number in range(300):
-        d.start("i", [number], sid(number))
+        d.start("i", [number], sid(number), event_id=str(number))
         d.finish("i", sid(number), BlockMask(offset=0))
         d.collect()
-    assert len(d.state.ledger.sessions._deadlines) <= 65
+    sessions = d.state.ledger.sessions
+    assert len(sessions._deadlines) <= 71
+    assert sessions._by_event == {}
+    d.tick(30)
+    expired = [e.session_id for e in d.effects if isinstance(e, fx.DropSession)]
+    assert expired == [sid(1002), sid(1003), sid(1001)], "in order, although the heap was remade"
 
 
 # -------------------------------------------------------------------------------------- idempotency

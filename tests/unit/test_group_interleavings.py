@@ -7,6 +7,7 @@ checks them). In the end everything is removed and erased, and nothing may be le
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -75,10 +76,8 @@ def run(programs: tuple[tuple[Step, ...], ...], order: tuple[int, ...]) -> None:
     for client in order:
         step = programs[client][position[client]]
         position[client] += 1
-        try:
+        with contextlib.suppress(QuotaExceeded, SessionNotFound):
             step(d, client)
-        except (QuotaExceeded, SessionNotFound):
-            pass
         total = d.state.ledger.quota.total()
         assert 0 <= total.held <= QUOTA_BLOCKS * 10
     d.remove("i", range(10), drop_sessions=True)

@@ -1,9 +1,9 @@
 """GroupState against a naive model, under random events.
 
-The model holds dictionaries of keys and lists of byte counts and knows nothing of slots. It predicts
-every reply and every refusal. After every event the driver re-derives all counters from the index
-(`invariants.check`), and a refused event must have changed nothing. Restarts rebuild the state from
-what the effects recorded, and the usage must be the same.
+The model holds dictionaries of keys and lists of byte counts, and knows nothing of slots. It
+predicts every reply and every refusal. After every event the driver re-derives all counters from
+the index (`invariants.check`), and a refused event must have changed nothing. Restarts rebuild the
+state from what the effects recorded, and the usage must be the same.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ class Model:
         total = sum(n for _, n in self.held())
         for storage in KINDS:
             limit = self.limits.get(storage, self.total)
-            if storage in self.enabled and self.held_on(storage) + nbytes <= limit:
-                if total + nbytes <= self.total:
-                    return storage
+            fits = self.held_on(storage) + nbytes <= limit and total + nbytes <= self.total
+            if storage in self.enabled and fits:
+                return storage
         return QuotaExceeded
 
     def discard(self, session: ModelSession, keys: Sequence[int], due_ms: int) -> None:
@@ -221,8 +221,8 @@ class GroupMachine(RuleBasedStateMachine):
             flags = [True] * n
         with pytest.raises(InvalidArgument):
             self.driver.finish(session.instance_id, session_id, BlockMask(offset=n + 1))
+        other = "j" if session.instance_id == "i" else "i"
         with pytest.raises(SessionNotFound):
-            other = "j" if session.instance_id == "i" else "i"
             self.driver.finish(other, session_id, BlockMask(values=tuple(flags)))
         failed = {key for key, flag in zip(session.keys, flags, strict=True) if not flag}
         dropped = [key for key in session.sizes if key in failed | session.removed]

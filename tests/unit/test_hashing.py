@@ -65,5 +65,6 @@ def test_block_size_must_be_positive(block_size: int) -> None:
 
 def test_too_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hashing, "TOKENS_PER_CALL_MAX", 4)
+    assert len(block_keys_from_tokens([1] * 4, 1)) == 4
     with pytest.raises(InvalidArgument, match="more than 4"):
         block_keys_from_tokens([1] * 5, 1)

@@ -1,4 +1,4 @@
-"""BlockMask: the lenient form of reads, the strict form of finishing, and the form we answer with."""
+"""BlockMask: the lenient form of reads, the strict form of finishing, the form of answers."""
 
 from __future__ import annotations
 

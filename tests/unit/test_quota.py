@@ -20,7 +20,7 @@ from kvcm_ray.core.model import (
     ThreeFSSpec,
     VcnsThreeFSSpec,
 )
-from kvcm_ray.core.placement import STRATEGIES, candidates, choose_storage
+from kvcm_ray.core.placement import candidates, choose_storage
 from kvcm_ray.core.quota import Account, Quota
 from kvcm_ray.errors import NoStorageAvailable, QuotaExceeded
 
@@ -142,7 +142,9 @@ def placed(group: InstanceGroup, nbytes: int = 1) -> str:
     [("nfs", "shm", "3fs", "vcns", "moon"), ("moon", "vcns", "3fs"), ("nfs",), ("shm", "nfs")],
 )
 def test_strategies(strategy: CachePreferStrategy, names: tuple[str, ...]) -> None:
-    kind, exclusive = STRATEGIES.get(strategy, (None, False))
+    _, verb, named = (*strategy.name.split("_", 2), "")[:3]
+    exclusive = verb == "ALWAYS"
+    kind = StorageType[f"ST_{named.replace('TAIR_MEMPOOL', 'TAIRMEMPOOL')}"] if named else None
     group = make_group(*names, strategy=strategy)
     of_kind = [n for n in names if STORAGES[n].storage_type is kind]
     if exclusive and not of_kind:
