@@ -1,0 +1,194 @@
+"""Requests and responses of the admin API."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvcm_ray.core.model import (
+    Account,
+    AccountRole,
+    Double,
+    InstanceGroup,
+    InstanceInfo,
+    Int64,
+    StorageConfig,
+)
+from kvcm_ray.serve_app.messages import AdminHeader, Request
+
+
+@dataclass(frozen=True, slots=True)
+class CommonResponse:
+    header: AdminHeader | None = None
+
+
+# ------------------------------------------------------------------------------------- storages
+
+
+@dataclass(frozen=True, slots=True)
+class AddStorageRequest(Request):
+    storage: StorageConfig | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStorageRequest(Request):
+    storage: StorageConfig | None = None
+    force_update: bool = False  #: change it although blocks or groups use it
+
+
+@dataclass(frozen=True, slots=True)
+class StorageNameRequest(Request):
+    storage_unique_name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveStorageRequest(StorageNameRequest):
+    force: bool = False  #: additive: remove it although groups list it
+
+
+@dataclass(frozen=True, slots=True)
+class ListStorageResponse(CommonResponse):
+    storage: tuple[StorageConfig, ...] = ()
+
+
+# --------------------------------------------------------------------------------------- groups
+
+
+@dataclass(frozen=True, slots=True)
+class CreateInstanceGroupRequest(Request):
+    instance_group: InstanceGroup | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateInstanceGroupRequest(Request):
+    instance_group: InstanceGroup | None = None
+    current_version: Int64 = 0  #: the version that this update replaces
+
+
+@dataclass(frozen=True, slots=True)
+class GroupNameRequest(Request):
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveInstanceGroupRequest(GroupNameRequest):
+    force: bool = False  #: additive: remove its instances, and their blocks, too
+
+
+@dataclass(frozen=True, slots=True)
+class GetInstanceGroupResponse(CommonResponse):
+    instance_group: InstanceGroup | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ListInstanceGroupResponse(CommonResponse):
+    instance_group: tuple[InstanceGroup, ...] = ()
+
+
+# ------------------------------------------------------------------------------------ instances
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveInstanceRequest(Request):
+    instance_group: str = ""  #: ignored
+    instance_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ListInstanceInfoRequest(Request):
+    instance_group_name: str = ""  #: "" lists the instances of all groups
+
+
+@dataclass(frozen=True, slots=True)
+class ListInstanceInfoResponse(CommonResponse):
+    instance_info: tuple[InstanceInfo, ...] = ()
+
+
+# ------------------------------------------------------------------------------------- accounts
+
+
+@dataclass(frozen=True, slots=True)
+class AddAccountRequest(Request):
+    user_name: str = ""
+    password: str = ""
+    role: AccountRole = AccountRole.ROLE_USER
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteAccountRequest(Request):
+    user_name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ListAccountResponse(CommonResponse):
+    accounts: tuple[Account, ...] = ()
+
+
+# ---------------------------------------------------------------------------- the manager itself
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigSnapShotResponse(CommonResponse):
+    config_snapshot: str = ""  #: JSON text
+
+
+@dataclass(frozen=True, slots=True)
+class LoadConfigSnapshotRequest(Request):
+    config_snapshot: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MetricValue:
+    int_value: Int64 | None = field(default=None, metadata={"oneof": "value"})
+    float_value: Double | None = field(default=None, metadata={"oneof": "value"})
+    string_value: str | None = field(default=None, metadata={"oneof": "value"})
+
+
+@dataclass(frozen=True, slots=True)
+class MetricTag:
+    tag_key: str = ""
+    tag_value: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    metric_name: str = ""
+    metric_value: MetricValue | None = None
+    metric_tags: tuple[MetricTag, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GetMetricsResponse(CommonResponse):
+    timestamp: Int64 = 0  #: unix milliseconds
+    metrics: tuple[Metric, ...] = ()
+    extra_data: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckHealthResponse(CommonResponse):
+    is_leader: bool = False
+    is_health: bool = False
+    elector_last_loop_time_ms: Int64 = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GetManagerClusterInfoResponse(CommonResponse):
+    info_updated_time: Int64 = 0
+    self_leader_expiration_time: Int64 = 0
+    self_node_id: str = ""
+    leader_node_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GetLeaderElectorConfigResponse(CommonResponse):
+    campaign_delay_time_ms: Int64 = 0
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateLeaderElectorConfigRequest(Request):
+    campaign_delay_time_ms: Int64 = 0
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateLoggerRequest(Request):
+    log_level: str = ""
+    module_name: str = ""

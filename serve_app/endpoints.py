@@ -1,0 +1,171 @@
+"""Every call of the HTTP interface, as one table.
+
+A path that the protocol serves on both of its ports (registerInstance, getInstanceInfo,
+getCacheMeta, removeCache) exists once here, as the meta API has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvcm_ray.serve_app import admin_messages as a
+from kvcm_ray.serve_app import handlers_admin as admin
+from kvcm_ray.serve_app import handlers_hot as hot
+from kvcm_ray.serve_app import handlers_meta as meta
+from kvcm_ray.serve_app import messages as m
+from kvcm_ray.serve_app.endpoint import Endpoint, Handler
+
+_BLOCKS: dict[str, Any] = {"trace_id": "t", "instance_id": "i1", "block_keys": [1, 2, 3]}
+_NFS = {"global_unique_name": "nfs_02", "nfs": {"root_path": "/data/kv/"}}
+_GROUP = {
+    "name": "chat",
+    "storage_candidates": ["nfs_01"],
+    "global_quota_group_name": "chat_quota",
+    "max_instance_count": 10,
+    "quota": {"capacity": 1 << 30, "quota_config": []},
+    "cache_config": {
+        "data_storage_strategy": "CPS_PREFER_3FS",
+        "meta_indexer_config": {
+            "max_key_count": 1_000_000,
+            "meta_storage_backend_config": {"storage_type": "local"},
+            "meta_cache_policy_config": {"type": "LRU"},
+        },
+    },
+    "version": 1,
+}
+_INSTANCE = {
+    "trace_id": "t",
+    "instance_group": "default",
+    "instance_id": "i1",
+    "block_size": 128,
+    "model_deployment": {"model_name": "m", "dtype": "FP8", "tp_size": 1},
+    "location_spec_infos": [{"name": "tp0", "size": 1024}],
+}
+
+HOT = (
+    Endpoint(
+        "GetCacheLocation", m.GetCacheLocationRequest, m.GetCacheLocationResponse,
+        hot.get_cache_location, "Cache locations retrieved successfully",
+        "Failed to get cache locations", about_blocks=True,
+        example=_BLOCKS | {"query_type": "QT_PREFIX_MATCH", "block_mask": {"offset": 0}},
+    ),
+    Endpoint(
+        "StartWriteCache", m.StartWriteCacheRequest, m.StartWriteCacheResponse,
+        hot.start_write_cache, "Write cache session started successfully",
+        "Failed to start write cache", about_blocks=True,
+        example=_BLOCKS | {"write_timeout_seconds": 30},
+    ),
+    Endpoint(
+        "FinishWriteCache", m.FinishWriteCacheRequest, m.MetaResponse,
+        hot.finish_write_cache, "Write cache session finished successfully",
+        "Failed to finish write cache", about_blocks=True,
+        example={
+            "trace_id": "t", "instance_id": "i1", "write_session_id": "<from startWriteCache>",
+            "success_blocks": {"bool_masks": {"values": [True, True, True]}},
+        },
+    ),
+)  # fmt: skip
+
+META = (
+    Endpoint(
+        "RegisterInstance", m.RegisterInstanceRequest, m.RegisterInstanceResponse,
+        meta.register_instance, "Instance registered successfully", "Failed to register instance",
+        example=_INSTANCE,
+    ),
+    Endpoint(
+        "GetInstanceInfo", m.GetInstanceInfoRequest, m.GetInstanceInfoResponse,
+        meta.get_instance_info, "", "", example={"instance_id": "i1"},
+    ),
+    Endpoint(
+        "GetCacheMeta", m.GetCacheMetaRequest, m.GetCacheMetaResponse,
+        meta.get_cache_meta, "Cache metadata retrieved successfully",
+        "Failed to get cache metadata", about_blocks=True, example=_BLOCKS,
+    ),
+    Endpoint(
+        "RemoveCache", m.RemoveCacheRequest, m.MetaResponse, meta.remove_cache,
+        "Cache removed successfully", "Failed to remove cache", about_blocks=True,
+        example=_BLOCKS,
+    ),
+    Endpoint(
+        "TrimCache", m.TrimCacheRequest, m.MetaResponse, meta.trim_cache,
+        "Cache trimmed successfully", "Failed to trim cache", about_blocks=True,
+        example={"instance_id": "i1", "strategy": "TS_REMOVE_ALL_CACHE"},
+    ),
+)  # fmt: skip
+
+
+def _admin(
+    rpc: str, request: type[Any], response: type[Any], handle: Handler, ok: str, failure: str,
+    example: dict[str, Any] | None = None,
+) -> Endpoint:  # fmt: skip
+    return Endpoint(rpc, request, response, handle, ok, failure, admin=True, example=example)
+
+
+ADMIN = (
+    _admin("AddStorage", a.AddStorageRequest, a.CommonResponse, admin.add_storage,
+           "Storage added successfully", "Failed to add storage", {"storage": _NFS}),
+    _admin("EnableStorage", a.StorageNameRequest, a.CommonResponse, admin.enable_storage,
+           "Storage enabled successfully", "Failed to enable storage",
+           {"storage_unique_name": "nfs_02"}),
+    _admin("DisableStorage", a.StorageNameRequest, a.CommonResponse, admin.disable_storage,
+           "Storage disabled successfully", "Failed to disable storage",
+           {"storage_unique_name": "nfs_02"}),
+    _admin("UpdateStorage", a.UpdateStorageRequest, a.CommonResponse, admin.update_storage,
+           "Storage updated successfully", "Failed to update storage", {"storage": _NFS}),
+    _admin("RemoveStorage", a.RemoveStorageRequest, a.CommonResponse, admin.remove_storage,
+           "Storage removed successfully", "Failed to remove storage",
+           {"storage_unique_name": "nfs_02", "force": False}),
+    _admin("ListStorage", m.Request, a.ListStorageResponse, admin.list_storage,
+           "Storage listed successfully", "Failed to list storage", {}),
+    _admin("CreateInstanceGroup", a.CreateInstanceGroupRequest, a.CommonResponse,
+           admin.create_instance_group, "Instance group created successfully",
+           "Failed to create instance group", {"instance_group": _GROUP}),
+    _admin("UpdateInstanceGroup", a.UpdateInstanceGroupRequest, a.CommonResponse,
+           admin.update_instance_group, "Instance group updated successfully",
+           "Failed to update instance group",
+           {"instance_group": _GROUP | {"version": 2}, "current_version": 1}),
+    _admin("RemoveInstanceGroup", a.RemoveInstanceGroupRequest, a.CommonResponse,
+           admin.remove_instance_group, "Instance group removed successfully",
+           "Failed to remove instance group", {"name": "chat", "force": False}),
+    _admin("GetInstanceGroup", a.GroupNameRequest, a.GetInstanceGroupResponse,
+           admin.get_instance_group, "Instance group retrieved successfully",
+           "Failed to get instance group", {"name": "default"}),
+    _admin("ListInstanceGroup", m.Request, a.ListInstanceGroupResponse,
+           admin.list_instance_group, "Instance groups listed successfully",
+           "Failed to list instance groups", {}),
+    _admin("RemoveInstance", a.RemoveInstanceRequest, a.CommonResponse, admin.remove_instance,
+           "Instance removed successfully", "Failed to remove instance", {"instance_id": "i1"}),
+    _admin("ListInstanceInfo", a.ListInstanceInfoRequest, a.ListInstanceInfoResponse,
+           admin.list_instance_info, "", "", {"instance_group_name": ""}),
+    _admin("AddAccount", a.AddAccountRequest, a.CommonResponse, admin.add_account,
+           "Account added successfully", "Failed to add account",
+           {"user_name": "alice", "password": "secret", "role": "ROLE_USER"}),
+    _admin("DeleteAccount", a.DeleteAccountRequest, a.CommonResponse, admin.delete_account,
+           "Account deleted successfully", "Failed to delete account", {"user_name": "alice"}),
+    _admin("ListAccount", m.Request, a.ListAccountResponse, admin.list_account,
+           "list account successfully", "Failed to list account", {}),
+    _admin("GenConfigSnapshot", m.Request, a.ConfigSnapShotResponse, admin.gen_config_snapshot,
+           "Config snapshot generated successfully", "Failed to generate config snapshot", {}),
+    _admin("LoadConfigSnapshot", a.LoadConfigSnapshotRequest, a.CommonResponse,
+           admin.load_config_snapshot, "Config snapshot loaded successfully",
+           "Failed to load config snapshot", {"config_snapshot": "<from genConfigSnapshot>"}),
+    _admin("GetMetrics", m.Request, a.GetMetricsResponse, admin.get_metrics,
+           "Metrics retrieved successfully", "Failed to get metrics", {}),
+    _admin("CheckHealth", m.Request, a.CheckHealthResponse, admin.check_health,
+           "Health check completed", "Failed to check health", {}),
+    _admin("GetManagerClusterInfo", m.Request, a.GetManagerClusterInfoResponse,
+           admin.get_manager_cluster_info, "Manager cluster info retrieved",
+           "Failed to get manager cluster info", {}),
+    _admin("LeaderDemote", m.Request, a.CommonResponse, admin.leader_demote,
+           "Leader demote request accepted", "Failed to demote", {}),
+    _admin("GetLeaderElectorConfig", m.Request, a.GetLeaderElectorConfigResponse,
+           admin.get_leader_elector_config, "Leader elector config retrieved",
+           "Failed to get leader elector config", {}),
+    _admin("UpdateLeaderElectorConfig", a.UpdateLeaderElectorConfigRequest, a.CommonResponse,
+           admin.update_leader_elector_config, "Leader elector config updated",
+           "Failed to update leader elector config", {"campaign_delay_time_ms": 0}),
+    _admin("UpdateLogger", a.UpdateLoggerRequest, a.CommonResponse, admin.update_logger,
+           "Update logger success", "Invalid log level string", {"log_level": "INFO"}),
+)  # fmt: skip
+
+ENDPOINTS = HOT + META + ADMIN

@@ -1,0 +1,255 @@
+"""The admin API: storages, groups, instances, accounts, and the manager itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from typing import Any
+
+from kvcm_ray.core.model import AccountRole, InstanceGroup
+from kvcm_ray.errors import InvalidArgument, KvcmError, StorageNotFound, Unsupported
+from kvcm_ray.serve_app import admin_messages as a
+from kvcm_ray.serve_app.backend import Backend
+from kvcm_ray.serve_app.endpoint import Call
+from kvcm_ray.serve_app.handlers_meta import shown
+from kvcm_ray.serve_app.metrics import Counts, Series
+from kvcm_ray.serve_app.validation import check_group, check_storage, require
+
+_LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.INFO, "WARN": logging.WARNING}
+_LEVELS["ERROR"] = logging.ERROR
+_NO_ELECTION = "this manager holds no leader election: group actors are fenced one by one"
+
+
+# ------------------------------------------------------------------------------------- storages
+
+
+async def add_storage(call: Call) -> dict[str, Any]:
+    require("AddStorage", call.request, "storage")
+    check_storage(call.request.storage)
+    await call.backend.registry("add_storage", call.request.storage)
+    return {}
+
+
+async def update_storage(call: Call) -> dict[str, Any]:
+    require("UpdateStorage", call.request, "storage")
+    storage = call.request.storage
+    check_storage(storage)
+    if stored := call.backend.storages().get(storage.global_unique_name):
+        storage = dataclasses.replace(storage, is_available=stored.is_available)
+    await call.backend.registry("update_storage", storage, call.request.force_update)
+    return {}
+
+
+async def enable_storage(call: Call) -> dict[str, Any]:
+    require("EnableStorage", call.request, "storage_unique_name")
+    await call.backend.registry("enable_storage", call.request.storage_unique_name)
+    return {}
+
+
+async def disable_storage(call: Call) -> dict[str, Any]:
+    require("DisableStorage", call.request, "storage_unique_name")
+    await call.backend.registry("disable_storage", call.request.storage_unique_name)
+    return {}
+
+
+async def remove_storage(call: Call) -> dict[str, Any]:
+    require("RemoveStorage", call.request, "storage_unique_name")
+    name, force = call.request.storage_unique_name, call.request.force
+    await call.backend.registry("remove_storage", name, force)
+    return {}
+
+
+async def list_storage(call: Call) -> dict[str, Any]:
+    return {"storage": tuple(s for _, s in sorted(call.backend.storages().items()))}
+
+
+# --------------------------------------------------------------------------------------- groups
+
+
+async def create_instance_group(call: Call) -> dict[str, Any]:
+    require("CreateInstanceGroup", call.request, "instance_group")
+    group: InstanceGroup = call.request.instance_group
+    check_group(group)
+    _check_candidates(call.backend, group)
+    await call.backend.registry("create_group", group)
+    return {}
+
+
+async def update_instance_group(call: Call) -> dict[str, Any]:
+    require("UpdateInstanceGroup", call.request, "instance_group")
+    group: InstanceGroup = call.request.instance_group
+    stored = call.backend.groups().get(group.name)
+    check_group(group, stored)
+    if stored is not None:
+        group = dataclasses.replace(group, durability=stored.durability)
+        if set(group.storage_candidates) - set(stored.storage_candidates):
+            _check_candidates(call.backend, group)
+    await call.backend.registry("update_group", group, call.request.current_version)
+    return {}
+
+
+def _check_candidates(backend: Backend, group: InstanceGroup) -> None:
+    storages = backend.storages()
+    for name in group.storage_candidates:
+        if name not in storages:
+            raise StorageNotFound(f"storage candidate {name!r} is not registered")
+
+
+async def remove_instance_group(call: Call) -> dict[str, Any]:
+    require("RemoveInstanceGroup", call.request, "name")
+    await call.backend.registry("remove_group", call.request.name, call.request.force)
+    return {}
+
+
+async def get_instance_group(call: Call) -> dict[str, Any]:
+    require("GetInstanceGroup", call.request, "name")
+    return {"instance_group": call.backend.group(call.request.name)}
+
+
+async def list_instance_group(call: Call) -> dict[str, Any]:
+    return {"instance_group": tuple(g for _, g in sorted(call.backend.groups().items()))}
+
+
+# ------------------------------------------------------------------------------------ instances
+
+
+async def remove_instance(call: Call) -> dict[str, Any]:
+    require("RemoveInstance", call.request, "instance_id")
+    await call.backend.registry("remove_instance", call.request.instance_id)
+    return {}
+
+
+async def list_instance_info(call: Call) -> dict[str, Any]:
+    wanted = call.request.instance_group_name
+    instances = [i for _, i in sorted(call.backend.instances().items())]
+    chosen = (i for i in instances if wanted in ("", i.instance_group_name))
+    return {"instance_info": tuple(shown(i) for i in chosen)}
+
+
+# ------------------------------------------------------------------------------------- accounts
+
+
+async def add_account(call: Call) -> dict[str, Any]:
+    request: a.AddAccountRequest = call.request
+    require("AddAccount", request, "user_name")
+    role = request.role if request.role in set(AccountRole) else AccountRole.ROLE_USER
+    await call.backend.registry("add_account", request.user_name, request.password, role)
+    return {}
+
+
+async def delete_account(call: Call) -> dict[str, Any]:
+    require("DeleteAccount", call.request, "user_name")
+    await call.backend.registry("delete_account", call.request.user_name)
+    return {}
+
+
+async def list_account(call: Call) -> dict[str, Any]:
+    return {"accounts": tuple(await call.backend.registry("list_accounts"))}
+
+
+# ---------------------------------------------------------------------------- the manager itself
+
+
+async def gen_config_snapshot(call: Call) -> dict[str, Any]:
+    return {"config_snapshot": await call.backend.registry("save_snapshot")}
+
+
+async def load_config_snapshot(call: Call) -> dict[str, Any]:
+    require("LoadConfigSnapshot", call.request, "config_snapshot")
+    await call.backend.registry("load_snapshot", call.request.config_snapshot)
+    return {}
+
+
+async def check_health(call: Call) -> dict[str, Any]:
+    health = await call.backend.health()
+    return {
+        "is_leader": True,
+        "is_health": all(state == "ok" for state in health.values()),
+        "elector_last_loop_time_ms": time.time_ns() // 1_000_000,
+    }
+
+
+async def get_manager_cluster_info(call: Call) -> dict[str, Any]:
+    described = await call.backend.registry("describe")
+    node = str(described.get("node_id", ""))
+    now_us = time.time_ns() // 1000
+    return {
+        "info_updated_time": now_us // 1000,
+        "self_leader_expiration_time": now_us + 10_000_000,
+        "self_node_id": node,
+        "leader_node_id": node,
+    }
+
+
+async def leader_demote(call: Call) -> dict[str, Any]:
+    raise Unsupported(_NO_ELECTION)
+
+
+async def get_leader_elector_config(call: Call) -> dict[str, Any]:
+    return {"campaign_delay_time_ms": 0}
+
+
+async def update_leader_elector_config(call: Call) -> dict[str, Any]:
+    if call.request.campaign_delay_time_ms:
+        raise Unsupported(_NO_ELECTION)
+    return {}
+
+
+async def update_logger(call: Call) -> dict[str, Any]:
+    level = _LEVELS.get(call.request.log_level.upper())
+    if level is None:
+        raise InvalidArgument(f"{call.request.log_level!r} is none of {', '.join(_LEVELS)}")
+    logging.getLogger("kvcm_ray").setLevel(level)
+    return {}
+
+
+# -------------------------------------------------------------------------------------- metrics
+
+
+async def get_metrics(call: Call) -> dict[str, Any]:
+    metrics = [m for s, c in call.metrics.totals().items() for m in _service_metrics(s, c)]
+    for name in sorted(call.backend.groups()):
+        try:
+            metrics += _group_metrics(name, await call.backend.usage(name))
+        except KvcmError as error:
+            logging.getLogger(__name__).warning("no usage of group %s: %s", name, error)
+            metrics.append(_gauge("cache_manager_group.available", 0, instance_group=name))
+    return {"timestamp": time.time_ns() // 1_000_000, "metrics": tuple(metrics)}
+
+
+def _service_metrics(series: Series, counts: Counts) -> list[a.Metric]:
+    tags = {"api_name": series.api}
+    if series.instance:
+        tags |= {"instance_group": series.group, "instance_id": series.instance}
+    return [
+        _counter("service.query_counter", counts.calls, **tags),
+        _counter("service.error_counter", counts.errors, **tags),
+        _gauge("service.query_rt_us", counts.last_us, **tags),
+        _counter("service.query_rt_us_total", counts.total_us, **tags),
+    ]
+
+
+def _group_metrics(name: str, usage: dict[str, Any]) -> list[a.Metric]:
+    """Every number that the group knows, under its own name."""
+    metrics = [_gauge("cache_manager_group.available", 1, instance_group=name)]
+    quota, used = usage.get("quota_bytes", 0), usage.get("used_bytes", 0)
+    if quota > 0:
+        ratio = used / quota
+        metrics.append(_gauge("cache_manager_group.usage_ratio", ratio, instance_group=name))
+    for key, value in usage.items():
+        if isinstance(value, bool | int | float):
+            metrics.append(_gauge(f"cache_manager_group.{key}", float(value), instance_group=name))
+    return metrics
+
+
+def _counter(name: str, value: int, **tags: str) -> a.Metric:
+    return a.Metric(name, a.MetricValue(int_value=value), _tags(tags))
+
+
+def _gauge(name: str, value: float, **tags: str) -> a.Metric:
+    return a.Metric(name, a.MetricValue(float_value=float(value)), _tags(tags))
+
+
+def _tags(tags: dict[str, str]) -> tuple[a.MetricTag, ...]:
+    return tuple(a.MetricTag(k, v) for k, v in tags.items())

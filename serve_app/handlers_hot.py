@@ -1,0 +1,167 @@
+"""The calls that every prompt makes: getCacheLocation, startWriteCache, finishWriteCache.
+
+Their answers are assembled as bytes (`locations`), and getCacheLocation asks no other process. A
+location on a storage that is disabled or not registered any more is a miss.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import numpy as np
+
+from kvcm_ray.core.limits import SESSION_TIMEOUT_MAX_MS
+from kvcm_ray.core.mask import BlockMask
+from kvcm_ray.core.match import last_window
+from kvcm_ray.core.requests import (
+    BlockLocations,
+    FinishWrite,
+    Flags,
+    Keys,
+    StartWrite,
+    WriteStarted,
+)
+from kvcm_ray.errors import InvalidArgument
+from kvcm_ray.serve_app import messages as m
+from kvcm_ray.serve_app.endpoint import Call, because
+from kvcm_ray.serve_app.handlers_meta import keys_of
+from kvcm_ray.serve_app.locations import usable_storages
+from kvcm_ray.serve_app.protojson import dumps, encode
+from kvcm_ray.serve_app.validation import require, require_blocks
+
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+def new_session_id() -> str:
+    """32 characters of [a-z0-9] that nobody can guess."""
+    number = secrets.randbits(165)
+    characters = []
+    for _ in range(32):
+        number, digit = divmod(number, 36)
+        characters.append(_ALPHABET[digit])
+    return "".join(characters)
+
+
+# ------------------------------------------------------------------------------ getCacheLocation
+
+
+async def get_cache_location(call: Call) -> bytes:
+    request: m.GetCacheLocationRequest = call.request
+    require_blocks("GetCacheLocation", request)
+    keys = await keys_of(call.instance, request)
+    if request.query_type == m.QueryType.QT_PREFIX_MATCH:
+        inside = _prefix_match(call, request, keys)
+    elif request.query_type == m.QueryType.QT_BATCH_GET:
+        hits, found = _lookup(call, keys)
+        call.backend.touch(call.instance, keys[hits], len(keys))
+        inside = _encode(call, found, hits)
+    elif request.query_type == m.QueryType.QT_REVERSE_ROLL_SW_MATCH:
+        inside = _window_match(call, request, keys)
+    else:
+        raise InvalidArgument(
+            f"query_type {int(request.query_type)} is none of QT_BATCH_GET, QT_PREFIX_MATCH, "
+            "QT_REVERSE_ROLL_SW_MATCH"
+        )
+    return b',"locations":[' + inside + b"]"
+
+
+def _prefix_match(call: Call, request: m.GetCacheLocationRequest, keys: Keys) -> bytes:
+    if request.block_mask is not None:
+        keys = keys[~request.block_mask.to_core().covers(len(keys))]
+    reader = call.backend.reader(call.instance)
+    found = reader.match(keys).locations
+    encoder = call.backend.encoder(call.instance)
+    inside, length = encoder.encode_prefix(found, reader.segment, call.storages, request.location_spec_names)
+    call.backend.touch(call.instance, keys[:length], len(keys))
+    return inside
+
+
+def _window_match(call: Call, request: m.GetCacheLocationRequest, keys: Keys) -> bytes:
+    size = request.sw_size
+    if not 1 <= size <= len(keys):
+        reason = f"sw_size {size} is not within 1..{len(keys)} (the number of keys)"
+        raise because(InvalidArgument(reason), "QT_REVERSE_ROLL_SW_MATCH bad args")
+    hits, found = _lookup(call, keys)
+    start = last_window(hits, size)
+    chosen = np.zeros(len(keys), np.bool_)
+    if start is not None:
+        chosen[start : start + size] = True
+    call.backend.touch(call.instance, keys[chosen], len(keys))
+    return _encode(call, found, chosen)
+
+
+def _lookup(call: Call, keys: Keys) -> tuple[Flags, BlockLocations]:
+    """Hits that a client can read, and where they are."""
+    hits, found = call.backend.reader(call.instance).lookup(keys)
+    if hits.any():
+        hits = hits.copy()
+        hits[hits] = _usable(call, found.take(hits))
+    return hits, found
+
+
+def _usable(call: Call, locations: BlockLocations) -> Flags:
+    source = call.backend.reader(call.instance).segment
+    names = usable_storages(call.storages)
+    return call.backend.encoder(call.instance).usable(locations, source, names)
+
+
+def _encode(call: Call, locations: BlockLocations, present: Flags | None) -> bytes:
+    source = call.backend.reader(call.instance).segment
+    encoder = call.backend.encoder(call.instance)
+    names: tuple[str, ...] = call.request.location_spec_names
+    return encoder.encode(locations, present, source, call.storages, names)
+
+
+# ------------------------------------------------------------------------------- startWriteCache
+
+
+async def start_write_cache(call: Call) -> bytes:
+    request: m.StartWriteCacheRequest = call.request
+    require_blocks("StartWriteCache", request)
+    keys = await keys_of(call.instance, request)
+    names = request.location_spec_group_names
+    if names and len(names) != len(keys):
+        reason = f"{len(names)} location_spec_group_names for {len(keys)} blocks"
+        raise InvalidArgument(reason)
+    started = await call.backend.call(
+        call.instance,
+        StartWrite(
+            event_id=secrets.token_hex(16),
+            instance_id=call.instance.instance_id,
+            keys=keys,
+            session_id=new_session_id(),
+            timeout_ms=min(request.write_timeout_seconds * 1000, SESSION_TIMEOUT_MAX_MS),
+            spec_group_names=names,
+        ),
+    )
+    assert isinstance(started, WriteStarted)
+    return _started_tail(call, started)
+
+
+def _started_tail(call: Call, started: WriteStarted) -> bytes:
+    segments = started.segments
+    encoder = call.backend.encoder(call.instance)
+    inside = encoder.encode(started.locations, None, segments.get, call.storages)
+    mask = encode(m.BlockMask.from_core(BlockMask.from_flags(started.exists)))
+    session = dumps(started.session_id)
+    return b',"write_session_id":%s,"block_mask":%s,"locations":[%s]' % (session, mask, inside)
+
+
+# ------------------------------------------------------------------------------ finishWriteCache
+
+
+async def finish_write_cache(call: Call) -> dict[str, Any]:
+    request: m.FinishWriteCacheRequest = call.request
+    require("FinishWriteCache", request, "write_session_id", "success_blocks")
+    mask = request.success_blocks or m.BlockMask()
+    await call.backend.call(
+        call.instance,
+        FinishWrite(
+            event_id=secrets.token_hex(16),
+            instance_id=call.instance.instance_id,
+            session_id=request.write_session_id,
+            success=mask.to_core(),
+        ),
+    )
+    return {}
