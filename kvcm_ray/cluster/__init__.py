@@ -1,0 +1,29 @@
+"""Start and stop a manager on this machine, and find a running one.
+
+    up(data_dir, port, tiers)            in the foreground, until SIGINT or SIGTERM
+    up_detached(data_dir, port, tiers)   in the background; returns when it is ready
+    find(data_dir)                       the running `Manager`, or None
+    attach(data_dir)                     connect this process to its Ray, for actor handles
+    down(data_dir, purge=False)          stop it
+"""
+
+from __future__ import annotations
+
+from kvcm_ray.cluster.background import attach, down, leftovers, up_detached
+from kvcm_ray.cluster.defaults import DEFAULT_GROUP, DEFAULT_TIERS, parse_size, parse_tiers
+from kvcm_ray.cluster.facts import Manager, find
+from kvcm_ray.cluster.launch import up
+
+__all__ = [
+    "DEFAULT_GROUP",
+    "DEFAULT_TIERS",
+    "Manager",
+    "attach",
+    "down",
+    "find",
+    "leftovers",
+    "parse_size",
+    "parse_tiers",
+    "up",
+    "up_detached",
+]

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import xxhash
 
 from kvcm_ray.core.model import Segment
 from kvcm_ray.core.requests import U32, Flags, Keys
@@ -188,16 +187,10 @@ class MemoryStorage(StorageAdapter):
                 self._prove(files, place, int(keys[index]), int(generations[index]))
 
     def _prove(self, files: _Files, place: Place, key: int, generation: int) -> None:
-        payload = files.payloads[place]
-        files.headers[place] = header.build(
-            files.segment.tag,
-            place[0],
-            np.array([place[1]], np.int64),
-            np.array([key], np.int64),
-            np.array([generation], np.uint32),
-            len(payload),
-            np.array([xxhash.xxh3_64_intdigest(payload)], np.uint64),
-        )
+        payload = np.frombuffer(files.payloads[place], np.uint8)
+        tag, identity = files.segment.tag, _identity(place[1], key, generation)
+        sums = header.checksums([payload], header.seeds(tag, place[0], *identity))
+        files.headers[place] = header.build(tag, place[0], *identity, len(payload), sums)
 
     def _whole(self, files: _Files, place: Place) -> Headers | None:
         row = files.headers.get(place)
@@ -227,12 +220,12 @@ class MemoryStorage(StorageAdapter):
                 payload = files.payloads.get((spec_name, slot))
                 if row is None or payload is None:
                     continue
-                one = slice(index, index + 1)
-                where = np.array([slot], np.int64)
-                flags[index] = header.matching(
-                    row, segment.tag, spec_name, where, keys[one], generations[one], size
-                )[0] and int(row["checksum"][0]) == xxhash.xxh3_64_intdigest(payload)
-                views.row(index)[:] = np.frombuffer(payload, np.uint8)
+                identity = _identity(slot, int(keys[index]), int(generations[index]))
+                content = np.frombuffer(payload, np.uint8)
+                sums = header.checksums([content], header.seeds(segment.tag, spec_name, *identity))
+                matches = header.matching(row, segment.tag, spec_name, *identity, size)
+                flags[index] = matches[0] and row["checksum"][0] == sums[0]
+                views.row(index)[:] = content
         return flags
 
     def seal(
@@ -244,14 +237,13 @@ class MemoryStorage(StorageAdapter):
             files = self._files.get(segment.path)
             for index, slot in enumerate(slots.tolist() if files else []):
                 assert files is not None
-                place, one = (spec_name, slot), slice(index, index + 1)
+                place = (spec_name, slot)
+                identity = _identity(slot, int(keys[index]), int(generations[index]))
                 if place not in files.headers and place in files.payloads:
                     self._prove(files, place, int(keys[index]), int(generations[index]))
                 if (row := files.headers.get(place)) is not None:
-                    where, size = np.array([slot], np.int64), spec_size(segment, spec_name)
-                    sealed[index] = header.matching(
-                        row, segment.tag, spec_name, where, keys[one], generations[one], size
-                    )[0]
+                    size = spec_size(segment, spec_name)
+                    sealed[index] = header.matching(row, segment.tag, spec_name, *identity, size)[0]
         return sealed
 
     def delete(self, segment: Segment, slots: U32, generations: U32) -> int:
@@ -288,6 +280,12 @@ class MemoryStorage(StorageAdapter):
             flags = np.zeros(segment.slots, np.bool_)
             flags[[slot for name, slot in files.payloads if name == spec_name]] = True
             return flags
+
+
+def _identity(slot: int, key: int, generation: int) -> tuple[header.Slots, Keys, U32]:
+    """Arrays of one element each."""
+    where, keys = np.array([slot], np.int64), np.array([key], np.int64)
+    return where, keys, np.array([generation], np.uint32)
 
 
 def _check(segment: Segment, slots: U32, *lengths: int) -> None:

@@ -1,0 +1,344 @@
+"""What the registry actor does, without Ray: storages, groups, instances and accounts.
+
+Order of every change: validate, touch the storage if one is named, commit (fsynced), then let the group
+actors read the registry again. A group actor that misses the last step reads the registry when it
+starts, so it cannot stay wrong. A call repeated with its event id changes nothing a second time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from kvcm_ray.actors import paths, snapshot
+from kvcm_ray.actors.passwords import hash_password
+from kvcm_ray.actors.registry_store import Contents, Record, RegistryStore
+from kvcm_ray.actors.validate import check_group, check_instance, check_name, check_storage
+from kvcm_ray.core.model import (
+    Account,
+    AccountRole,
+    InstanceGroup,
+    InstanceInfo,
+    LocationSpecGroup,
+    StorageConfig,
+)
+from kvcm_ray.errors import (
+    AccountNotFound,
+    AlreadyExists,
+    GroupNotFound,
+    InstanceLimitReached,
+    InstanceMismatch,
+    InstanceNotFound,
+    InUse,
+    StorageIOError,
+    StorageNotFound,
+    VersionConflict,
+)
+from kvcm_ray.storage_adapters import open_storage
+
+#: Calls that change something; a handle gives them an event id.
+CHANGES = frozenset(
+    ["add_storage", "update_storage", "enable_storage", "disable_storage", "remove_storage",
+    "create_group", "update_group", "remove_group", "register_instance", "remove_instance",
+    "add_account", "delete_account", "load_snapshot"]
+)
+READS = frozenset(
+    ["list_storages", "get_group", "list_groups", "get_instance", "list_instances", "list_accounts",
+    "save_snapshot", "describe"]
+)
+
+
+class GroupControl(Protocol):
+    """How the registry reaches the group actors."""
+
+    def refresh(self, group: str) -> None:
+        """The group's actor exists and has read the registry. Raises `Unavailable`."""
+
+    def remove(self, group: str) -> None:
+        """End the group's actor after it has erased its instances."""
+
+
+class RegistryBody:
+    """The only writer of the registry. One thread at a time.
+
+    Args:
+        data_dir: data directory of the manager.
+        control: reaches the group actors.
+    """
+
+    def __init__(self, data_dir: Path, control: GroupControl) -> None:
+        self.data_dir = data_dir
+        self._control = control
+        self._store = RegistryStore(paths.registry_dir(data_dir), write=True)
+        self._now = self._store.read()
+        self._event_id = ""
+
+    def close(self) -> None:
+        self._store.close()
+
+    def call(self, event_id: str, method: str, *args: Any) -> Any:
+        """Run a method once for each event id; a repeated change answers None (or the instance)."""
+        if method not in CHANGES and method not in READS:
+            raise AttributeError(f"the registry has no method {method!r}")
+        if method in CHANGES and method != "register_instance" and self._store.done(event_id):
+            self._refresh(self._now.groups)
+            return None
+        self._event_id = event_id if method in CHANGES else ""
+        try:
+            return getattr(self, method)(*args)
+        finally:
+            self._event_id = ""
+
+    def refresh_all(self) -> None:
+        """Make sure that every group has its actor."""
+        self._refresh(self._now.groups)
+
+    # --------------------------------------------------------------------------------- storages
+
+    def add_storage(self, config: StorageConfig) -> None:
+        """Raises `InvalidArgument`, `Unsupported`, `AlreadyExists`, or `StorageIOError` if the root
+        cannot be made or written; then nothing is kept."""
+        check_storage(config)
+        if config.global_unique_name in self._now.storages:
+            raise AlreadyExists(f"storage {config.global_unique_name!r} exists")
+        _open_root(config)
+        self._commit(put=[dataclasses.replace(config, is_available=True)])
+        self._refresh(self._now.groups)
+
+    def update_storage(self, config: StorageConfig, force: bool = False) -> None:
+        """Replace a storage's parameters. Moving the root of one that holds blocks needs `force`:
+        those blocks are misses from then on."""
+        check_storage(config)
+        known = self._storage(config.global_unique_name)
+        if config.root_path != known.root_path and not force and _holds_segments(known):
+            raise InUse(f"storage {known.global_unique_name!r} holds blocks below {known.root_path}")
+        _open_root(config)
+        self._commit(put=[dataclasses.replace(config, is_available=known.is_available)])
+        self._refresh(self._now.groups)
+
+    def enable_storage(self, name: str) -> None:
+        self._set_available(name, True)
+
+    def disable_storage(self, name: str) -> None:
+        """No new blocks go there; reads go on."""
+        self._set_available(name, False)
+
+    def remove_storage(self, name: str, force: bool = False) -> None:
+        """Raises `InUse` unless forced, if a group names it or blocks are on it."""
+        config = self._storage(name)
+        users = [g.name for g in self._now.groups.values() if name in g.storage_candidates]
+        if users and not force:
+            raise InUse(f"storage {name!r} is a candidate of group {', '.join(sorted(users))}")
+        if not force and _holds_segments(config):
+            raise InUse(f"storage {name!r} holds blocks below {config.root_path}")
+        self._commit(drop=[(StorageConfig, name)])
+        self._refresh(self._now.groups)
+
+    def list_storages(self) -> list[StorageConfig]:
+        """In name order."""
+        return [self._now.storages[name] for name in sorted(self._now.storages)]
+
+    # ----------------------------------------------------------------------------------- groups
+
+    def create_group(self, group: InstanceGroup) -> None:
+        check_group(group)
+        if group.name in self._now.groups:
+            raise AlreadyExists(f"instance group {group.name!r} exists")
+        self._commit(put=[group])
+        self._refresh([group.name])
+
+    def update_group(self, group: InstanceGroup, current_version: int) -> None:
+        """Replace the whole group if nobody else changed it meanwhile.
+
+        Raises:
+            VersionConflict: the stored version is not `current_version`, or the new one is not larger.
+        """
+        check_group(group)
+        stored = self.get_group(group.name).version
+        if stored != current_version or group.version <= stored:
+            raise VersionConflict(
+                f"group {group.name!r} has version {stored}; current_version was {current_version} and "
+                f"the new version {group.version}",
+                stored=stored,
+            )
+        self._commit(put=[group])
+        self._refresh([group.name])
+
+    def remove_group(self, name: str, force: bool = False) -> None:
+        """Raises `InUse` unless forced, if it has instances; forced, they are removed too."""
+        self.get_group(name)
+        instances = [i.instance_id for i in self.list_instances(name)]
+        if instances and not force:
+            raise InUse(f"group {name!r} has {len(instances)} instances, {instances[0]!r} among them")
+        self._commit(drop=[(InstanceGroup, name), *((InstanceInfo, i) for i in instances)])
+        self._control.remove(name)
+
+    def get_group(self, name: str) -> InstanceGroup:
+        found = self._now.groups.get(name)
+        if found is None:
+            raise GroupNotFound(f"no instance group {name!r}")
+        return found
+
+    def list_groups(self) -> list[InstanceGroup]:
+        """In name order."""
+        return [self._now.groups[name] for name in sorted(self._now.groups)]
+
+    # -------------------------------------------------------------------------------- instances
+
+    def register_instance(self, info: InstanceInfo) -> InstanceInfo:
+        """Register, or find the same registration; returns what is stored.
+
+        Raises:
+            InstanceMismatch: the id is registered with another shape.
+            GroupNotFound, InstanceLimitReached: only for an id that is new.
+        """
+        check_instance(info)
+        known = self._now.instances.get(info.instance_id)
+        if known is None:
+            known = self._new_instance(info)
+            self._commit(put=[known])
+        elif not known.same_shape(info):
+            raise InstanceMismatch(f"instance {info.instance_id!r} is registered with another shape")
+        if known.instance_group_name in self._now.groups:
+            self._refresh([known.instance_group_name])
+        return known
+
+    def _new_instance(self, info: InstanceInfo) -> InstanceInfo:
+        group = self.get_group(info.instance_group_name)
+        count = len(self.list_instances(group.name))
+        if 0 < group.max_instance_count <= count:
+            raise InstanceLimitReached(
+                f"group {group.name!r} holds {count} instances; max_instance_count is "
+                f"{group.max_instance_count}"
+            )
+        groups = (
+            LocationSpecGroup(g.name, tuple(sorted(set(g.spec_names))))
+            for g in sorted(info.location_spec_groups, key=lambda g: g.name)
+        )
+        return dataclasses.replace(
+            info,
+            quota_group_name=group.global_quota_group_name,
+            location_spec_groups=tuple(groups),
+            uid=secrets.token_hex(4),
+        )
+
+    def get_instance(self, instance_id: str) -> InstanceInfo:
+        found = self._now.instances.get(instance_id)
+        if found is None:
+            raise InstanceNotFound(f"instance {instance_id!r} is not registered")
+        return found
+
+    def list_instances(self, group: str | None = None) -> list[InstanceInfo]:
+        """Of one group, or of all for None, by id; an unknown group has none."""
+        infos = (self._now.instances[name] for name in sorted(self._now.instances))
+        return [i for i in infos if group is None or i.instance_group_name == group]
+
+    def remove_instance(self, instance_id: str) -> None:
+        """Unregister, then erase its blocks and its index."""
+        info = self.get_instance(instance_id)
+        self._commit(drop=[(InstanceInfo, instance_id)])
+        if info.instance_group_name in self._now.groups:
+            self._refresh([info.instance_group_name])
+
+    # --------------------------------------------------------------------------------- accounts
+
+    def add_account(self, name: str, password: str, role: AccountRole) -> None:
+        check_name("user_name", name)
+        if name in self._now.accounts:
+            raise AlreadyExists(f"account {name!r} exists")
+        self._commit(put=[Account(name, AccountRole(role), hash_password(password))])
+
+    def delete_account(self, name: str) -> None:
+        if name not in self._now.accounts:
+            raise AccountNotFound(f"no account {name!r}")
+        self._commit(drop=[(Account, name)])
+
+    def list_accounts(self) -> list[Account]:
+        """In name order, without their password hashes."""
+        accounts = (self._now.accounts[name] for name in sorted(self._now.accounts))
+        return [dataclasses.replace(a, password_hash="") for a in accounts]
+
+    # --------------------------------------------------------------------------------- snapshots
+
+    def save_snapshot(self) -> str:
+        """All storages, groups, instances and accounts (without passwords) as JSON."""
+        return snapshot.dump(self._now)
+
+    def load_snapshot(self, text: str) -> None:
+        """Add or replace everything that the snapshot names, in one commit; nothing is removed.
+
+        Everything is checked before anything is changed. A group's version never goes back. An
+        instance that is registered must have the same shape; a new one gets an empty index. An account
+        that is new has no password until it is deleted and added again.
+
+        Raises:
+            InvalidArgument: not a snapshot, or a record in it is refused.
+            InstanceMismatch: an instance is registered with another shape.
+        """
+        records = snapshot.plan(text, self._now)
+        for record in records:
+            if isinstance(record, StorageConfig):
+                _open_root(record)
+        self._commit(put=records)
+        self._refresh(self._now.groups)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "data_dir": str(self.data_dir),
+            "pid": os.getpid(),
+            "storages": len(self._now.storages),
+            "groups": len(self._now.groups),
+            "instances": len(self._now.instances),
+            "corrupt_records": self._store.corrupt_records,
+        }
+
+    # --------------------------------------------------------------------------------- internals
+
+    @property
+    def contents(self) -> Contents:
+        return self._now
+
+    def _storage(self, name: str) -> StorageConfig:
+        found = self._now.storages.get(name)
+        if found is None:
+            raise StorageNotFound(f"no storage {name!r}")
+        return found
+
+    def _set_available(self, name: str, available: bool) -> None:
+        self._commit(put=[dataclasses.replace(self._storage(name), is_available=available)])
+        self._refresh(self._now.groups)
+
+    def _commit(self, put: Iterable[Record] = (), drop: Iterable[tuple[type, str]] = ()) -> None:
+        self._store.write(put, drop, self._event_id)
+        self._now = self._store.read()
+
+    def _refresh(self, groups: Iterable[str]) -> None:
+        for name in list(groups):
+            self._control.refresh(name)
+
+
+def _open_root(config: StorageConfig) -> None:
+    """Make the root and prove that it can be written."""
+    open_storage(config).close()
+    root = Path(config.root_path)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".kvcm-probe-{secrets.token_hex(4)}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StorageIOError(
+            f"storage {config.global_unique_name!r}: cannot write below {root}: {error}"
+        ) from error
+
+
+def _holds_segments(config: StorageConfig) -> bool:
+    adapter = open_storage(config)
+    try:
+        return next(iter(adapter.list_segments()), None) is not None
+    finally:
+        adapter.close()

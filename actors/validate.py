@@ -1,0 +1,144 @@
+"""What the registry accepts. Every check names the field and the value that it refuses.
+
+Candidates of a group need not be registered yet (the protocol's clients create groups first); a write
+with no registered candidate is refused when it comes.
+"""
+
+from __future__ import annotations
+
+from kvcm_ray.core.limits import NAME_BYTES_MAX, SPEC_BYTES_MAX, SPECS_PER_INSTANCE_MAX
+from kvcm_ray.core.model import (
+    CachePreferStrategy,
+    InstanceGroup,
+    InstanceInfo,
+    MooncakeSpec,
+    StorageConfig,
+)
+from kvcm_ray.errors import InvalidArgument, Unsupported
+
+INT64_MAX = 2**63 - 1
+
+
+def check_name(field: str, name: str) -> None:
+    """1..NAME_BYTES_MAX bytes of UTF-8 without control characters."""
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(f"{field} is not valid Unicode: {error}") from error
+    if not 0 < size <= NAME_BYTES_MAX:
+        raise InvalidArgument(f"{field} has {size} bytes; it needs 1 to {NAME_BYTES_MAX}")
+    if any(ord(c) < 32 or ord(c) == 127 for c in name):
+        raise InvalidArgument(f"{field} {name!r} contains a control character")
+
+
+def check_storage(config: StorageConfig) -> None:
+    """The protocol's rules for each kind of storage.
+
+    Raises:
+        InvalidArgument: a required field is missing or a path is not absolute.
+        Unsupported: a kind of storage without an adapter here.
+    """
+    name = config.global_unique_name
+    check_name("global_unique_name", name)
+    if "/" in name or "?" in name:
+        raise InvalidArgument(f"global_unique_name {name!r}: '/' and '?' cannot be in a location URI")
+    missing = _missing_fields(config)
+    if missing:
+        raise InvalidArgument(f"storage {name!r}: missing or invalid {', '.join(missing)}")
+    if config.nfs is None and config.shm is None and config.threefs is None:
+        raise Unsupported(
+            f"storage {name!r}: this version has no adapter for {config.storage_type.name}; "
+            "use nfs, threefs (a mounted 3FS) or shm"
+        )
+    if not config.root_path.startswith("/"):
+        raise InvalidArgument(f"storage {name!r}: {config.root_path!r} is not an absolute path")
+
+
+def _missing_fields(config: StorageConfig) -> list[str]:
+    if config.nfs is not None:
+        return _empty(config.nfs, "root_path")
+    if config.shm is not None:
+        return _empty(config.shm, "root_path")
+    if config.threefs is not None:
+        return _empty(config.threefs, "mountpoint", "root_dir")
+    if config.vcnsthreefs is not None:
+        fields = ("mountpoint", "root_dir", "remote_host", "remote_port", "meta_storage_uri")
+        return _empty(config.vcnsthreefs, *fields)
+    if config.mooncake is not None:
+        return _missing_mooncake(config.mooncake)
+    if config.tair_mem_pool is not None:
+        return _empty(config.tair_mem_pool, "domain")
+    return ["storage_spec"]
+
+
+def _missing_mooncake(spec: MooncakeSpec) -> list[str]:
+    fields = ["local_hostname", "metadata_connstring", "protocol", "master_service_entry"]
+    return _empty(spec, *fields, *(["rdma_device"] if spec.protocol == "rdma" else []))
+
+
+def _empty(spec: object, *fields: str) -> list[str]:
+    values = {field: getattr(spec, field) for field in fields}
+    return [f for f, v in values.items() if not v or (isinstance(v, int) and v < 0)]
+
+
+def check_group(group: InstanceGroup) -> None:
+    """Raises `InvalidArgument`."""
+    check_name("name", group.name)
+    if not group.storage_candidates:
+        raise InvalidArgument(f"group {group.name!r}: storage_candidates is empty")
+    for candidate in group.storage_candidates:
+        check_name("storage_candidates", candidate)
+    if len(set(group.storage_candidates)) != len(group.storage_candidates):
+        raise InvalidArgument(f"group {group.name!r}: storage_candidates names a storage twice")
+    cache = group.cache_config
+    if cache is None:
+        raise InvalidArgument(f"group {group.name!r}: cache_config is missing")
+    if cache.data_storage_strategy is CachePreferStrategy.CPS_UNSPECIFIED:
+        raise InvalidArgument(f"group {group.name!r}: data_storage_strategy is CPS_UNSPECIFIED")
+    strategy = cache.reclaim_strategy
+    if strategy is not None and strategy.delay_before_delete_ms < 0:
+        raise InvalidArgument(f"group {group.name!r}: delay_before_delete_ms is negative")
+    if group.quota is not None:
+        for entry in group.quota.quota_config:
+            if entry.capacity < 0:
+                raise InvalidArgument(f"group {group.name!r}: quota_config capacity is negative")
+    if group.max_key_count < 0:
+        raise InvalidArgument(f"group {group.name!r}: max_key_count is negative")
+
+
+def check_instance(info: InstanceInfo) -> None:
+    """The block size is not checked: only callers who send token ids need one.
+
+    Raises:
+        InvalidArgument
+    """
+    check_name("instance_id", info.instance_id)
+    check_name("instance_group", info.instance_group_name)
+    specs = info.location_spec_infos
+    if not 0 < len(specs) <= SPECS_PER_INSTANCE_MAX:
+        raise InvalidArgument(
+            f"location_spec_infos has {len(specs)} entries; it needs 1 to {SPECS_PER_INSTANCE_MAX}"
+        )
+    for spec in specs:
+        check_name("location_spec_infos.name", spec.name)
+        if not 0 < spec.size <= SPEC_BYTES_MAX:
+            raise InvalidArgument(
+                f"location spec {spec.name!r} has size {spec.size}; it needs 1 to {SPEC_BYTES_MAX}"
+            )
+    names = [spec.name for spec in specs]
+    if len(set(names)) != len(names):
+        raise InvalidArgument("location_spec_infos names a spec twice")
+    _check_spec_groups(info, set(names))
+
+
+def _check_spec_groups(info: InstanceInfo, names: set[str]) -> None:
+    seen: set[str] = set()
+    for group in info.location_spec_groups:
+        check_name("location_spec_groups.name", group.name)
+        if group.name in seen:
+            raise InvalidArgument(f"location_spec_groups names {group.name!r} twice")
+        seen.add(group.name)
+        unknown = set(group.spec_names) - names
+        if unknown or not group.spec_names:
+            what = f"unknown specs {sorted(unknown)}" if unknown else "no spec"
+            raise InvalidArgument(f"location spec group {group.name!r} names {what}")

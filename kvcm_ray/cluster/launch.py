@@ -1,0 +1,329 @@
+"""``up``: runs a manager in this process until it is told to stop.
+
+    lock D → environment → Ray head → registry, groups, reclaimers ∥ Serve → defaults → HTTP → manager.json
+
+The process is the head of a private Ray that lives and dies with it: Ray's own processes end with their
+parent, and a reaper (`kvcm_ray.cluster.reaper`) ends the rest if this process is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvcm_ray.actors.paths import manager_file, resolve
+from kvcm_ray.actors.reclaimer import RECLAIMERS_DEFAULT
+from kvcm_ray.cluster import defaults, environment, processes, reaper
+from kvcm_ray.cluster.facts import DataDirLock, Manager, Owner, read_owner, write_manager
+from kvcm_ray.errors import GroupNotFound, InUse, Unavailable, Unsupported
+from kvcm_ray.index.lock import process_start
+
+log = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES = 100_000_000
+READY_TIMEOUT_S = 90.0
+#: A call to an actor that is restarting fails within a fraction of a second instead of two, and is
+#: sent again by the handles. Goes to every process of the cluster, drivers included.
+SYSTEM_CONFIG = {"timeout_ms_task_wait_for_death_info": 100, "core_worker_internal_heartbeat_ms": 200}
+WATCH_PERIOD_S = 1.0
+#: Ray's processes without which a manager is none.
+VITAL = frozenset({"gcs_server", "raylet"})
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a manager is started with.
+
+    Args:
+        data_dir: made if it does not exist.
+        port: of HTTP; 0 picks a free one.
+        tiers: see `kvcm_ray.cluster.defaults`; they count for a new data directory only.
+        host: address that HTTP listens on.
+        replicas: HTTP processes.
+        reclaimers: processes that erase blocks.
+    """
+
+    data_dir: str | os.PathLike[str]
+    port: int = 6382
+    tiers: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    replicas: int = 2
+    reclaimers: int = RECLAIMERS_DEFAULT
+
+
+def up(
+    data_dir: str | os.PathLike[str],
+    port: int = 6382,
+    tiers: Sequence[str] = (),
+    host: str = "127.0.0.1",
+    *,
+    replicas: int = 2,
+    reclaimers: int = RECLAIMERS_DEFAULT,
+    on_ready: Callable[[Manager], None] | None = None,
+    note: Callable[[str], None] = log.info,
+) -> None:
+    """Run a manager in the foreground; returns after SIGINT or SIGTERM. Main thread only.
+
+    Args:
+        on_ready: called once when the manager answers HTTP.
+        note: takes sentences about the start and about what differs from what was asked for.
+        others: see `Options`.
+
+    Raises:
+        InUse: a manager runs on the data directory, or the port is taken.
+        InvalidArgument: a tier is written wrongly.
+        Unavailable: the manager did not get ready in time, or lost a vital process while it ran.
+        Unsupported: this process has imported ray.
+    """
+    _Launch(Options(data_dir, port, tuple(tiers), host, replicas, reclaimers), note).run(on_ready)
+
+
+class _Launch:
+    """One run of `up`."""
+
+    def __init__(self, options: Options, note: Callable[[str], None]) -> None:
+        self.options = options
+        self.note = note
+        self.data_dir = resolve(options.data_dir)
+        self.tiers = defaults.parse_tiers(options.tiers, self.data_dir)
+        self.manager_id = secrets.token_hex(16)
+        self.stop = threading.Event()
+        self.began = time.monotonic()
+        self.binary = environment.haproxy_binary()
+
+    def run(self, on_ready: Callable[[Manager], None] | None) -> None:
+        if "ray" in sys.modules:
+            raise Unsupported("up() sets Ray's environment; this process has imported ray before")
+        lock = DataDirLock(self.data_dir)
+        port = self.options.port or environment.free_ports(1)[0]
+        _check_port(self.options.host, port)
+        clear_up_after(self.data_dir)
+        self.temp_dir = Path(tempfile.mkdtemp(prefix="kvcm-", dir="/tmp"))
+        pid = os.getpid()
+        lock.name_owner(Owner(pid, process_start(pid), self.manager_id, str(self.temp_dir)))
+        pipe = _start_reaper(self.manager_id, self.temp_dir)
+        try:
+            self._signals()
+            manager = self._start(port)
+            write_manager(manager)
+            if on_ready is not None:
+                on_ready(manager)
+            self._watch()
+        finally:
+            self._end()
+            lock.release()
+            os.close(pipe)
+
+    # ----------------------------------------------------------------------------------- start
+
+    def _start(self, port: int) -> Manager:
+        os.environ.update(environment.ray_environment(self.manager_id, self.temp_dir))
+        os.environ.update(environment.serve_environment(self.temp_dir, self.binary))
+        os.environ.pop("RAY_ADDRESS")
+        context = self._start_ray()
+        self._signals()  # Ray sets its own
+        from ray import serve
+
+        from kvcm_ray.actors import registry
+
+        self._unless_stopped()
+        actor = registry.get_or_create(self.data_dir, self.options.reclaimers)
+        serve.start(http_options={"host": self.options.host, "port": port})
+        self._unless_stopped()
+        self._defaults(actor)
+        self._unless_stopped()
+        self._serve(serve)
+        url = f"http://{self.options.host}:{port}"
+        _wait_for_http(self.options.host, port, self.stop)
+        self._unless_stopped()
+        return Manager(
+            url=url,
+            grpc=None,
+            ray_address=_connectable(context["gcs_address"]),
+            data_dir=str(self.data_dir),
+            ready_s=round(time.monotonic() - self.began, 3),
+            pid=os.getpid(),
+            started=process_start(os.getpid()),
+            manager_id=self.manager_id,
+            temp_dir=str(self.temp_dir),
+            dashboard_url=f"http://{context['webui_url']}" if context.get("webui_url") else "",
+            haproxy=self.binary is not None,
+            ray_auth_mode=os.environ["RAY_AUTH_MODE"],
+            version=_version(),
+        )
+
+    def _start_ray(self) -> dict[str, Any]:
+        import ray
+
+        (dashboard,) = environment.free_ports(1)
+        context: Any = ray.init(
+            address="local",
+            num_cpus=4,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=dashboard,
+            namespace="kvcm",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(self.temp_dir / "ray"),
+            _system_config=SYSTEM_CONFIG,
+        )
+        self.note(f"Ray runs at {context.address_info['gcs_address']}")
+        return dict(context.address_info)
+
+    def _defaults(self, actor: Any) -> None:
+        """Wait for the registry, then make what a new data directory begins with."""
+        import ray
+
+        from kvcm_ray.actors.handles import RegistryHandle
+
+        try:
+            ray.get(actor.wait_ready.remote(), timeout=READY_TIMEOUT_S)
+        except ray.exceptions.RayError as error:
+            raise Unavailable(f"the registry did not start: {error}") from error
+        registry = RegistryHandle()
+        if not registry.call_sync("list_groups") and not registry.call_sync("list_storages"):
+            for tier in self.tiers:
+                registry.call_sync("add_storage", tier.storage)
+            registry.call_sync("create_group", defaults.default_group(self.tiers), timeout_s=60)
+        elif self.options.tiers:
+            storages = registry.call_sync("list_storages")
+            for sentence in defaults.differences(self.tiers, storages, _group(registry)):
+                self.note(f"note: {sentence}")
+
+    def _serve(self, serve: Any) -> None:
+        from kvcm_ray.serve_app.deployment import build
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        app = build(str(self.data_dir), replicas=self.options.replicas)
+        serve.run(app, name="kvcm", route_prefix="/", blocking=False)
+
+    def _unless_stopped(self) -> None:
+        if self.stop.is_set():
+            raise Unavailable("stopped while starting")
+
+    # ------------------------------------------------------------------------------ run and end
+
+    def _signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: self.stop.set())
+
+    def _watch(self) -> None:
+        """Until stopped; raises if Ray lost a process that nobody restarts."""
+        while not self.stop.wait(WATCH_PERIOD_S):
+            names = {_process_name(pid) for pid in processes.members(self.manager_id)}
+            if lost := VITAL - names:
+                raise Unavailable(f"the manager lost {', '.join(sorted(lost))} and ends")
+
+    def _end(self) -> None:
+        with contextlib.suppress(OSError):
+            manager_file(self.data_dir).unlink()
+        if "ray" in sys.modules:
+            import ray
+
+            with contextlib.suppress(Exception):
+                ray.shutdown()
+        if not processes.end_all(self.manager_id, timeout_s=10.0):
+            log.error("processes of manager %s are still there", self.manager_id)
+        processes.remove_temp_dir(str(self.temp_dir))
+
+
+
+def clear_up_after(data_dir: Path) -> None:
+    """End what a killed manager of this data directory left behind. The caller holds the lock."""
+    owner = read_owner(data_dir)
+    if owner is not None:
+        processes.end_all(owner.manager_id, timeout_s=20.0)
+        processes.remove_temp_dir(owner.temp_dir)
+    with contextlib.suppress(FileNotFoundError):
+        manager_file(data_dir).unlink()
+
+
+def _start_reaper(manager_id: str, temp_dir: Path) -> int:
+    """Start the reaper; returns the writing end of its pipe, which must stay open."""
+    reading, writing = os.pipe()
+    script = str(Path(reaper.__file__).resolve())
+    subprocess.Popen(
+        [sys.executable, "-S", "-E", script, manager_id, str(temp_dir)],
+        stdin=reading, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True, cwd="/",
+    )  # fmt: skip
+    os.close(reading)
+    return writing
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InUse(f"cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+def _wait_for_http(host: str, port: int, stop: threading.Event) -> None:
+    """Until something answers HTTP there."""
+    import http.client
+
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    target = "127.0.0.1" if host in ("0.0.0.0", "") else host
+    while not stop.is_set():
+        connection = http.client.HTTPConnection(target, port, timeout=5)
+        try:
+            connection.request("GET", "/healthz")
+            if connection.getresponse().status < 500:
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise Unavailable(f"HTTP does not answer on {host}:{port}: {error}") from error
+        finally:
+            connection.close()
+        time.sleep(0.05)
+        if time.monotonic() > deadline:
+            raise Unavailable(f"HTTP on {host}:{port} answers errors only")
+
+
+def _connectable(gcs_address: str) -> str:
+    """The address for ``ray.init(address=...)`` of other processes.
+
+    Ray replaces "127.0.0.1" and "localhost" by the machine's outer address, where this Ray does not
+    listen. It leaves the name in capitals alone.
+    """
+    host, _, port = gcs_address.rpartition(":")
+    return f"LOCALHOST:{port}" if host == "127.0.0.1" else gcs_address
+
+
+def _group(registry: Any) -> Any:
+    try:
+        return registry.call_sync("get_group", defaults.DEFAULT_GROUP)
+    except GroupNotFound:
+        return None
+
+
+def _process_name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("kvcm-ray")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"

@@ -1,0 +1,244 @@
+"""The registry without Ray: what it refuses, keeps, and does when a call is repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from kvcm_ray.actors.passwords import check_password, hash_password
+from kvcm_ray.actors.paths import registry_dir
+from kvcm_ray.actors.registry_body import RegistryBody
+from kvcm_ray.actors.registry_store import RegistryStore
+from kvcm_ray.actors.view import RegistryView
+from kvcm_ray.core.model import (
+    AccountRole,
+    InstanceGroup,
+    LocationSpecGroup,
+    LocationSpecInfo,
+    MooncakeSpec,
+    NfsSpec,
+    StorageConfig,
+    TairMemPoolSpec,
+)
+from kvcm_ray.errors import (
+    AlreadyExists,
+    InstanceLimitReached,
+    InstanceMismatch,
+    InUse,
+    InvalidArgument,
+    StorageIOError,
+    StorageNotFound,
+    Unavailable,
+    Unsupported,
+    VersionConflict,
+)
+from kvcm_ray.testing.blocks import finish_request, instance, some_keys, start_request
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        (StorageConfig("", nfs=NfsSpec("/tmp/x")), InvalidArgument),
+        (StorageConfig("n" * 201, nfs=NfsSpec("/tmp/x")), InvalidArgument),
+        (StorageConfig("a/b", nfs=NfsSpec("/tmp/x")), InvalidArgument),
+        (StorageConfig("a\nb", nfs=NfsSpec("/tmp/x")), InvalidArgument),
+        (StorageConfig("\ud800", nfs=NfsSpec("/tmp/x")), InvalidArgument),
+        (StorageConfig("s", nfs=NfsSpec("")), InvalidArgument),
+        (StorageConfig("s", nfs=NfsSpec("relative/path")), InvalidArgument),
+        (StorageConfig("s"), InvalidArgument),
+        (StorageConfig("s", mooncake=MooncakeSpec()), InvalidArgument),
+        (StorageConfig("s", mooncake=MooncakeSpec("h", "m", "rdma", "", "e")), InvalidArgument),
+        (StorageConfig("s", mooncake=MooncakeSpec("h", "m", "tcp", "", "e")), Unsupported),
+        (StorageConfig("s", tair_mem_pool=TairMemPoolSpec("d")), Unsupported),
+        (StorageConfig("s", nfs=NfsSpec("/proc/no/such")), StorageIOError),
+    ],
+)
+def test_refused_storages_leave_nothing(
+    registry: RegistryBody, view: RegistryView, config: StorageConfig, error: type
+) -> None:
+    before = dict(view.storages())
+    with pytest.raises(error):
+        registry.add_storage(config)
+    assert view.storages() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": ""},
+        {"storage_candidates": ()},
+        {"storage_candidates": ("a", "a")},
+        {"cache_config": None},
+    ],
+)
+def test_refused_groups(registry: RegistryBody, change: dict[str, object]) -> None:
+    good = registry.get_group("default")
+    with pytest.raises(InvalidArgument):
+        registry.create_group(dataclasses.replace(good, **{"name": "other", **change}))
+
+
+def test_group_versions(registry: RegistryBody, view: RegistryView) -> None:
+    group = registry.get_group("default")
+    two = dataclasses.replace(group, version=2, user_data="two")
+    registry.update_group(two, 1)
+    assert view.group("default").user_data == "two"
+    for version, current in ((3, 1), (2, 2), (1, 2)):
+        with pytest.raises(VersionConflict):
+            registry.update_group(dataclasses.replace(two, version=version), current)
+    with pytest.raises(AlreadyExists):
+        registry.create_group(two)
+
+
+def test_instances(registry: RegistryBody) -> None:
+    specs = (LocationSpecInfo("a", 64), LocationSpecInfo("b", 64))
+    groups = (LocationSpecGroup("z", ("b", "a")), LocationSpecGroup("y", ("a",)))
+    info = dataclasses.replace(
+        instance("one"), location_spec_infos=specs, location_spec_groups=groups
+    )
+    stored = registry.register_instance(info)
+    assert [g.name for g in stored.location_spec_groups] == ["y", "z"]
+    assert stored.location_spec_groups[1].spec_names == ("a", "b")
+    assert stored.quota_group_name == "default_quota_group"
+    assert registry.register_instance(info) == stored
+    elsewhere = dataclasses.replace(info, instance_group_name="nowhere")
+    assert registry.register_instance(elsewhere) == stored
+    with pytest.raises(InstanceMismatch):
+        registry.register_instance(dataclasses.replace(info, block_size=8))
+    registry.remove_instance("one")
+    assert registry.register_instance(info).uid != stored.uid
+
+
+def test_instance_limit(registry: RegistryBody) -> None:
+    group = registry.get_group("default")
+    registry.update_group(dataclasses.replace(group, version=2, max_instance_count=1), 1)
+    registry.register_instance(instance("one"))
+    with pytest.raises(InstanceLimitReached):
+        registry.register_instance(instance("two"))
+    assert [i.instance_id for i in registry.list_instances()] == ["one"]
+
+
+def test_what_is_in_use_is_not_removed_without_force(
+    registry: RegistryBody, groups, tmp_path: Path
+) -> None:
+    registry.register_instance(instance("one"))
+    service = groups.services["default"]
+    keys = some_keys(4)
+    (started,) = service.submit([start_request("one", keys)]).result(10)
+    service.submit([finish_request("one", started)]).result(10)
+    with pytest.raises(InUse, match="candidate"):
+        registry.remove_storage("nfs_01")
+    moved = StorageConfig("nfs_01", nfs=NfsSpec(str(tmp_path / "moved")))
+    with pytest.raises(InUse, match="holds blocks"):
+        registry.update_storage(moved)
+    with pytest.raises(InUse, match="instances"):
+        registry.remove_group("default")
+    registry.remove_group("default", True)
+    assert registry.list_instances() == []
+    assert not (tmp_path / "groups" / "default").exists() or not any(
+        (tmp_path / "groups" / "default").iterdir()
+    )
+    registry.remove_storage("nfs_01")
+    with pytest.raises(StorageNotFound):
+        registry.enable_storage("nfs_01")
+
+
+def test_a_repeated_call_is_done_once(registry: RegistryBody) -> None:
+    args = ("ada", "secret", AccountRole.ROLE_USER)
+    registry.call("event-1", "add_account", *args)
+    assert registry.call("event-1", "add_account", *args) is None
+    with pytest.raises(AlreadyExists):
+        registry.call("event-2", "add_account", *args)
+    registry.register_instance(instance("one"))
+    registry.call("event-3", "remove_instance", "one")
+    assert registry.call("event-3", "remove_instance", "one") is None
+    with pytest.raises(AttributeError):
+        registry.call("event-4", "_commit")
+
+
+def test_events_are_remembered_within_a_bound(tmp_path: Path) -> None:
+    from kvcm_ray.actors.registry_store import EVENTS_REMEMBERED_MAX
+
+    store = RegistryStore(tmp_path / "r", write=True)
+    for number in range(EVENTS_REMEMBERED_MAX + 5):
+        store.write(event_id=f"e{number}")
+    assert not store.done("e3")
+    assert store.done("e6")
+    store.close()
+
+
+def test_snapshot_into_another_manager(
+    registry: RegistryBody, groups, tmp_path: Path
+) -> None:
+    registry.register_instance(instance("one"))
+    registry.add_account("ada", "secret", AccountRole.ROLE_ADMIN)
+    text = registry.save_snapshot()
+    assert "scrypt" not in text
+    other_dir = tmp_path / "other"
+    other = RegistryBody(other_dir, type(groups)(other_dir))
+    other.load_snapshot(text)
+    assert other.save_snapshot() == text
+    assert other.get_instance("one").uid != registry.get_instance("one").uid
+    for broken in ("", "[]", '{"kvcm_snapshot": 2}', '{"kvcm_snapshot": 1, "groups": [{"name": 3}]}'):
+        with pytest.raises(InvalidArgument):
+            other.load_snapshot(broken)
+    document = json.loads(text)
+    document["instances"][0]["block_size"] = 99
+    with pytest.raises(InstanceMismatch):
+        other.load_snapshot(json.dumps(document))
+    other._control.services["default"].stop()
+    other.close()
+
+
+def test_damaged_records_are_left_out(registry: RegistryBody, tmp_path: Path) -> None:
+    path = registry_dir(tmp_path)
+    env = registry._store._lmdb
+    with env.begin(write=True) as txn:
+        value = bytearray(txn.get(b"storage/nfs_01"))
+        value[-1] ^= 1
+        txn.put(b"storage/nfs_01", bytes(value))
+        txn.put(b"group/copy", txn.get(b"group/default"))
+    store = RegistryStore(path, write=False)
+    contents = store.read()
+    assert (list(contents.storages), list(contents.groups)) == ([], ["default"])
+    assert store.corrupt_records == 2
+    store.close()
+
+
+def test_view_needs_a_registry(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="no manager"):
+        RegistryView(tmp_path / "nothing")
+
+
+def test_view_follows_changes(registry: RegistryBody, view: RegistryView, tmp_path: Path) -> None:
+    first = view.contents()
+    assert view.contents() is first
+    registry.add_storage(StorageConfig("more", nfs=NfsSpec(str(tmp_path / "more"))))
+    assert "more" in view.storages()
+    registry.disable_storage("more")
+    assert not view.storages()["more"].is_available
+
+
+def test_passwords() -> None:
+    made = hash_password("secret")
+    assert made != hash_password("secret")
+    assert check_password(made, "secret")
+    assert not check_password(made, "Secret")
+    assert not check_password("", "")
+
+
+def test_group_of_a_removed_one_is_swept(registry: RegistryBody, groups, tmp_path: Path) -> None:
+    """The group actor died between unregistering and erasing; the next one erases."""
+    registry.register_instance(instance("one"))
+    service = groups.services.pop("default")
+    (started,) = service.submit([start_request("one", some_keys(2))]).result(10)
+    service.stop()
+    info = registry.get_instance("one")
+    registry._commit(drop=[(type(info), "one")])
+    groups.refresh("default")
+    assert not list((tmp_path / "groups" / "default").glob("one-*"))
+    assert not list((tmp_path / "tiers").rglob("*.dat"))
+    assert isinstance(registry.get_group("default"), InstanceGroup)
+    assert started.storage == "nfs_01"

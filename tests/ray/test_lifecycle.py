@@ -1,0 +1,78 @@
+"""Starting and stopping managers: restart, two side by side, refusals, kill -9 of the manager itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from kvcm_ray import cluster
+from kvcm_ray.actors.paths import shm_dir
+from kvcm_ray.cluster import Manager
+from kvcm_ray.errors import InUse
+from kvcm_ray.testing.cluster import manager, run_python
+
+pytestmark = pytest.mark.ray
+
+#: Writes 40 blocks to an instance on shm and 40 more to one on files, or looks for them.
+CLIENT = """
+    import sys
+    import numpy as np
+    from kvcm_ray import cluster
+    from kvcm_ray.actors.handles import RegistryHandle
+    from kvcm_ray.actors.view import RegistryView
+    from kvcm_ray.testing.blocks import Engine, instance
+    data_dir, action = sys.argv[1:]
+    cluster.attach(data_dir)
+    RegistryHandle().call_sync("register_instance", instance("lasting"))
+    engine = Engine(RegistryView(data_dir), "lasting")
+    keys = np.arange(1, 41, dtype=np.int64) * 7919
+    if action == "put":
+        assert engine.put(keys).committed == 40
+    print(int(engine.found(keys).sum()))
+"""
+
+
+def answers(url: str) -> bool:
+    with urllib.request.urlopen(url + "/healthz", timeout=5) as reply:
+        return bool(reply.status == 200)
+
+
+def test_life_of_a_data_directory(tmp_path: Path, running: Manager) -> None:
+    """Beside the shared manager: start, refuse a second one, stop, start again with all blocks."""
+    folder = tmp_path / "data"
+    with manager(folder, purge=False) as first:
+        assert answers(first.url)
+        assert answers(running.url)
+        with pytest.raises(InUse, match="already"):
+            cluster.up_detached(folder, 0)
+        assert run_python(CLIENT, str(folder), "put") == "40"
+        ids = cluster.leftovers(first)
+        assert ids
+    assert not cluster.leftovers(first)
+    assert cluster.find(folder) is None
+    assert not Path(first.temp_dir).exists()
+    assert shm_dir(folder).exists()
+    assert answers(running.url), "stopping one manager must not touch another"
+
+    with manager(folder, purge=True) as second:
+        assert run_python(CLIENT, str(folder), "find") == "40"
+        os.kill(second.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while cluster.leftovers(second) or Path(second.temp_dir).exists():
+            assert time.monotonic() < deadline, cluster.leftovers(second)
+            time.sleep(0.1)
+        assert cluster.find(folder) is None
+    assert not folder.exists()
+    assert not shm_dir(folder).exists()
+
+
+def test_port_taken(tmp_path: Path, running: Manager) -> None:
+    port = int(running.url.rpartition(":")[2])
+    with pytest.raises(InUse, match="cannot listen"):
+        cluster.up_detached(tmp_path / "other", port)
+    assert not cluster.down(tmp_path / "other", purge=True)
