@@ -95,6 +95,7 @@ class GroupEngine:
         #: Segments of each open instance by id, as the index has them.
         self._segments: dict[str, dict[int, Segment]] = {}
         self._dropped: list[Segment] = []
+        self._failure: KvcmError = KvcmError()  #: why the last transaction failed, if one did
         self.state = GroupState(group, storages)
         self.configure(group, storages)
         for info in instances:
@@ -195,10 +196,21 @@ class GroupEngine:
         """Answer many requests with one commit for each touched instance.
 
         Returns one reply or one error value for each request, in order. A failed commit or a storage
-        that cannot make a segment fails the requests of the batch, and changes nothing.
+        that cannot make a segment fails the requests of its instance in the batch, and changes nothing.
         """
         now = now or Now.read()
-        return self._transact(lambda txn: [self._answer(txn, r, now) for r in requests], len(requests))
+        names = {request.instance_id for request in requests}
+        replies = self._answer_all(requests, now, names)
+        if len(names) == 1 or self.fenced or replies is not None:
+            return replies if replies is not None else [self._failure] * len(requests)
+        # Somebody's storage or index is in trouble. Each instance for itself, so that only they fail.
+        answers: list[Reply | KvcmError] = [self._failure] * len(requests)
+        for name in sorted(names):
+            index = [i for i, request in enumerate(requests) if request.instance_id == name]
+            own = self._answer_all([requests[i] for i in index], now, {name})
+            for position, i in enumerate(index):
+                answers[i] = self._failure if own is None else own[position]
+        return answers
 
     def tick(self, now: Now | None = None) -> KvcmError | None:
         """Expire sessions whose deadline is reached; the error is a commit's."""
@@ -243,24 +255,33 @@ class GroupEngine:
             txn.perform(self.state.handle(event).effects)
             return []
 
-        failed = self._transact(handle, 1)
-        return failed[0] if failed and isinstance(failed[0], KvcmError) else None
+        return None if self._transact(handle, set(self._infos)) is not None else self._failure
+
+    def _answer_all(
+        self, requests: Sequence[Request], now: Now, names: set[str]
+    ) -> list[Reply | KvcmError] | None:
+        return self._transact(lambda txn: [self._answer(txn, r, now) for r in requests], names)
 
     def _transact(
-        self, work: Callable[[Transaction], list[Reply | KvcmError]], answers: int
-    ) -> list[Reply | KvcmError]:
-        """Run `work` in a transaction; its result, or the error of the commit `answers` times."""
+        self, work: Callable[[Transaction], list[Reply | KvcmError]], names: set[str]
+    ) -> list[Reply | KvcmError] | None:
+        """Run `work`, which touches these instances, in a transaction.
+
+        Returns its result. None if it or its commit failed: nothing is done, `_failure` says why, and
+        the state of the instances is what the index says.
+        """
         if self.fenced:
-            return [Fenced("a newer incarnation owns the group's indexes")] * answers
+            self._failure = Fenced("a newer incarnation owns the group's indexes")
+            return None
         transaction = Transaction(self._writers, self._create_segment)
         try:
             with transaction:
                 replies = work(transaction)
         except Exception as cause:
-            error = cause if isinstance(cause, KvcmError) else _internal(cause)
-            log.warning("group %s: nothing of %d requests done: %s", self.group.name, answers, error)
-            self._rebuild(error)
-            return [error] * answers
+            self._failure = cause if isinstance(cause, KvcmError) else _internal(cause)
+            log.warning("group %s: nothing done: %s", self.group.name, self._failure)
+            self._rebuild(self._failure, names)
+            return None
         for instance_id, segment in transaction.created:
             self._segments[instance_id][segment.segment_id] = segment
         for instance_id, segment_id in transaction.dropped:
@@ -272,6 +293,9 @@ class GroupEngine:
             return self.broken.get(request.instance_id) or InstanceNotFound(
                 f"instance {request.instance_id!r} is not open in group {self.group.name!r}"
             )
+        full = txn.index(request.instance_id).full
+        if full is not None and isinstance(request, StartWrite):
+            return full  # before the state changes, so that a full disk costs no rebuild
         outcome = self.state.handle(_EVENTS[type(request)](txn, request, now))
         txn.perform(outcome.effects)
         assert outcome.reply is not None
@@ -282,12 +306,12 @@ class GroupEngine:
         owner = SegmentOwner(self.group.name, instance_id, info.uid)
         self.adapter(segment.storage).create_segment(segment, owner)
 
-    def _rebuild(self, error: KvcmError) -> None:
-        """Make the state again from what is committed."""
+    def _rebuild(self, error: KvcmError, names: set[str]) -> None:
+        """Make the state of these instances again from what is committed."""
         if isinstance(error, Fenced):
             self.fenced = True
             return
-        for info in list(self._infos.values()):
+        for info in [info for name, info in self._infos.items() if name in names]:
             try:
                 self._load(info)
             except KvcmError as again:

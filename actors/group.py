@@ -25,7 +25,7 @@ from kvcm_ray.core.requests import Request
 
 log = logging.getLogger(__name__)
 
-FENCED_EXIT_CODE = 75
+END_EXIT_CODE = 75
 
 
 class RayEraser:
@@ -100,7 +100,7 @@ class GroupActor:
         sys.setswitchinterval(0.0005)
         self._name = name
         view = RegistryView(data_dir)
-        self._service = GroupService(view, name, RayEraser(reclaimers), self._end_stale)
+        self._service = GroupService(view, name, RayEraser(reclaimers), self._end)
 
     def __repr__(self) -> str:
         return f"InstanceGroup({self._name})"
@@ -121,9 +121,9 @@ class GroupActor:
         usage = await asyncio.wrap_future(self._service.usage())
         return {**usage, "pid": os.getpid()}
 
-    def _end_stale(self) -> None:
-        log.error("%r: a newer incarnation owns the index; ending process %d", self, os.getpid())
-        os._exit(FENCED_EXIT_CODE)
+    def _end(self, why: str) -> None:
+        log.error("%r: %s; ending process %d", self, why, os.getpid())
+        os._exit(END_EXIT_CODE)
 
 
 def get_or_create(data_dir: str, name: str, reclaimers: int) -> Any:

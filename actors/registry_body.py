@@ -124,7 +124,7 @@ class RegistryBody:
         self._set_available(name, True)
 
     def disable_storage(self, name: str) -> None:
-        """No new blocks go there; reads go on."""
+        """No new blocks go there, and its blocks count as misses until it is enabled again."""
         self._set_available(name, False)
 
     def remove_storage(self, name: str, force: bool = False) -> None:
@@ -145,7 +145,9 @@ class RegistryBody:
     # ----------------------------------------------------------------------------------- groups
 
     def create_group(self, group: InstanceGroup) -> None:
+        """Raises `InvalidArgument`, `AlreadyExists`, or `StorageNotFound` for an unknown candidate."""
         check_group(group)
+        self._check_candidates(group.storage_candidates)
         if group.name in self._now.groups:
             raise AlreadyExists(f"instance group {group.name!r} exists")
         self._commit(put=[group])
@@ -156,17 +158,26 @@ class RegistryBody:
 
         Raises:
             VersionConflict: the stored version is not `current_version`, or the new one is not larger.
+            StorageNotFound: a candidate that is new to the group is not registered.
         """
         check_group(group)
-        stored = self.get_group(group.name).version
+        before = self.get_group(group.name)
+        stored = before.version
         if stored != current_version or group.version <= stored:
             raise VersionConflict(
                 f"group {group.name!r} has version {stored}; current_version was {current_version} and "
                 f"the new version {group.version}",
                 stored=stored,
             )
+        # A storage removed by force may still be named; only what is new has to exist.
+        self._check_candidates(set(group.storage_candidates) - set(before.storage_candidates))
         self._commit(put=[group])
         self._refresh([group.name])
+
+    def _check_candidates(self, names: Iterable[str]) -> None:
+        for name in sorted(names):
+            if name not in self._now.storages:
+                raise StorageNotFound(f"storage candidate {name!r} is not registered")
 
     def remove_group(self, name: str, force: bool = False) -> None:
         """Raises `InUse` unless forced, if it has instances; forced, they are removed too."""

@@ -9,6 +9,7 @@ record is due. Everything that touches the engine runs on this thread.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -24,7 +25,7 @@ from kvcm_ray.actors.prepare import Preparer
 from kvcm_ray.actors.sweep import remove_leftovers
 from kvcm_ray.actors.view import RegistryView
 from kvcm_ray.core.requests import Reply, Request
-from kvcm_ray.errors import Fenced, KvcmError, Unavailable
+from kvcm_ray.errors import KvcmError, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -66,19 +67,20 @@ class GroupService:
         view: registry of the manager.
         name: the group.
         eraser: who erases trash.
-        on_fenced: called once on the loop's thread, before anything else is answered.
+        on_end: called on the loop's thread, before anything else is answered, when this incarnation
+            must answer no more; told why. It ends the process, so that callers find the next one.
 
     Raises:
         GroupNotFound: the group is not registered.
     """
 
     def __init__(
-        self, view: RegistryView, name: str, eraser: Eraser, on_fenced: Callable[[], None]
+        self, view: RegistryView, name: str, eraser: Eraser, on_end: Callable[[str], None]
     ) -> None:
         self.name = name
         self._view = view
         self._eraser = eraser
-        self._on_fenced = on_fenced
+        self._on_end = on_end
         self._inbox: queue.SimpleQueue[_Job | _Submit | None] = queue.SimpleQueue()
         self._waiting = 0
         self._in_flight: dict[str, set[int]] = {}
@@ -132,6 +134,10 @@ class GroupService:
         try:
             while self._step():
                 pass
+        except Exception:
+            log.exception("group %s: the loop broke", self.name)
+            self._on_end("the loop broke")
+            raise
         finally:
             self._preparer.stop()
             self.engine.close()
@@ -145,19 +151,22 @@ class GroupService:
                 submits.append(job)
             else:
                 self._run_job(job)
+        self._expire()
         while submits:
             self._run_batch(submits)
-        self._housekeep()
+        self._clear_trash()
+        if self.engine.fenced:
+            self._on_end("a newer incarnation owns the index")
         return True
 
     def _drain(self) -> list[_Job | _Submit | None]:
         """What is in the inbox; waits for the first piece or the next deadline."""
-        try:
-            jobs = [self._inbox.get(timeout=self._patience_s())]
+        jobs: list[_Job | _Submit | None] = []
+        with contextlib.suppress(queue.Empty):
+            jobs.append(self._inbox.get(timeout=self._patience_s()))
             while True:
                 jobs.append(self._inbox.get_nowait())
-        except queue.Empty:
-            return jobs if "jobs" in locals() else []
+        return jobs
 
     def _patience_s(self) -> float | None:
         state = self.engine.state
@@ -188,7 +197,7 @@ class GroupService:
         self._open_new(requests)
         answers = self.engine.submit_batch(requests)
         if self.engine.fenced:
-            self._on_fenced()
+            self._on_end("a newer incarnation owns the index")
         self.counters["batches"] += 1
         self.counters["requests"] += len(requests)
         begin = 0
@@ -207,18 +216,19 @@ class GroupService:
             if info is not None and info.instance_group_name == self.name:
                 self.engine.try_open_instance(info)
 
-    def _housekeep(self) -> None:
+    def _expire(self) -> None:
+        """Sessions whose deadline is reached, before anybody can finish one of them."""
         now = Now.read()
         due = self.engine.state.next_session_ms()
         if due is not None and due <= now.ms:
             self.engine.tick(now)
+
+    def _clear_trash(self) -> None:
         room = TRASH_IN_FLIGHT_MAX - self._flying()
         if room > 0 and not self.engine.fenced:
-            self._erase(self.engine.due_trash(room, now))
+            self._erase(self.engine.due_trash(room))
         for segment in self.engine.take_dropped_segments():
             self._drop_files(segment)
-        if self.engine.fenced:
-            self._on_fenced()
 
     def _drop_files(self, segment: Any) -> None:
         try:
@@ -302,7 +312,3 @@ class GroupService:
         except KvcmError as error:
             log.warning("group %s: leftovers stay for now: %s", self.name, error)
 
-
-def refuse_when_fenced(service: GroupService) -> None:
-    """For tests and embedding: what `on_fenced` may do instead of ending the process."""
-    raise Fenced(f"group {service.name!r} is owned by a newer incarnation")

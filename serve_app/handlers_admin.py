@@ -8,9 +8,8 @@ import time
 from typing import Any
 
 from kvcm_ray.core.model import AccountRole, InstanceGroup
-from kvcm_ray.errors import InvalidArgument, KvcmError, StorageNotFound, Unsupported
+from kvcm_ray.errors import InvalidArgument, KvcmError, Unsupported
 from kvcm_ray.serve_app import admin_messages as a
-from kvcm_ray.serve_app.backend import Backend
 from kvcm_ray.serve_app.endpoint import Call
 from kvcm_ray.serve_app.handlers_meta import shown
 from kvcm_ray.serve_app.metrics import Counts, Series
@@ -71,7 +70,6 @@ async def create_instance_group(call: Call) -> dict[str, Any]:
     require("CreateInstanceGroup", call.request, "instance_group")
     group: InstanceGroup = call.request.instance_group
     check_group(group)
-    _check_candidates(call.backend, group)
     await call.backend.registry("create_group", group)
     return {}
 
@@ -83,17 +81,8 @@ async def update_instance_group(call: Call) -> dict[str, Any]:
     check_group(group, stored)
     if stored is not None:
         group = dataclasses.replace(group, durability=stored.durability)
-        if set(group.storage_candidates) - set(stored.storage_candidates):
-            _check_candidates(call.backend, group)
     await call.backend.registry("update_group", group, call.request.current_version)
     return {}
-
-
-def _check_candidates(backend: Backend, group: InstanceGroup) -> None:
-    storages = backend.storages()
-    for name in group.storage_candidates:
-        if name not in storages:
-            raise StorageNotFound(f"storage candidate {name!r} is not registered")
 
 
 async def remove_instance_group(call: Call) -> dict[str, Any]:

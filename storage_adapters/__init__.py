@@ -38,7 +38,7 @@ def open_storage(config: StorageConfig) -> StorageAdapter:
     from kvcm_ray.storage_adapters.shm import SharedMemoryStorage
 
     name = config.global_unique_name
-    if not (config.shm or config.nfs):
+    if not (config.shm or config.nfs or config.threefs):  # a mounted 3FS is a POSIX path
         raise Unsupported(f"storage {name!r}: no adapter for {config.storage_type.name}")
     if not config.root_path.startswith("/"):
         raise InvalidArgument(f"storage {name!r}: root_path {config.root_path!r} is not absolute")

@@ -123,9 +123,7 @@ class StorageAdapter(abc.ABC):
         """
 
     @abc.abstractmethod
-    def seal(
-        self, segment: Segment, spec_name: str, slots: U32, keys: Keys, generations: U32
-    ) -> Flags:
+    def seal(self, segment: Segment, spec_name: str, slots: U32, keys: Keys, generations: U32) -> Flags:
         """Write headers for payloads that a plain protocol client stored without any.
 
         The checksum is that of the bytes present now. Only slots without a header are sealed.

@@ -61,9 +61,7 @@ def _as_matrix(array: npt.NDArray[Any], size: int) -> Bytes:
     if array.dtype.hasobject:
         raise InvalidArgument("buffers of Python objects are no memory to copy")
     if count and array.nbytes != count * size:
-        raise InvalidArgument(
-            f"buffers hold {array.nbytes} bytes for {count} blocks of {size} bytes each"
-        )
+        raise InvalidArgument(f"buffers hold {array.nbytes} bytes for {count} blocks of {size} bytes each")
     return array.reshape(-1).view(np.uint8).reshape(count, size if count else 0)
 
 

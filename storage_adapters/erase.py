@@ -8,7 +8,7 @@ must not meet a hole. If a reader does not let go within a second (it may be sto
 still go, but the bytes stay until the slot is written again or its segment dropped.
 
 Only whole pages can be given back. The kernel zeroes the part of a page that belongs to an erased
-slot; once all of a page is zero and none of its slots has a header, it is punched too.
+slot; once all of a page is zero it is punched too, which no reader can tell.
 """
 
 from __future__ import annotations
@@ -85,17 +85,14 @@ def _punch(handle: Handle, where: Slots, locks: bool) -> None:
             continue
         for page in {start // PAGE, (stop - 1) // PAGE}:
             if page * PAGE < start or (page + 1) * PAGE > stop:
-                _punch_if_unused(handle, page)
+                _punch_if_zero(handle, page)
 
 
-def _punch_if_unused(handle: Handle, page: int) -> None:
-    """Give back a page that slots share, if it is all zeros and none of its slots has a header."""
+def _punch_if_zero(handle: Handle, page: int) -> None:
+    """Give back a page that slots share, if that changes nothing that can be read."""
     if not system.has_data(handle.data, page * PAGE, PAGE):
         return
     content = np.zeros(PAGE, np.uint8)
     system.read_into(handle.data, [content], page * PAGE)
-    first = page * PAGE // handle.size
-    last = min(_ceil((page + 1) * PAGE, handle.size), handle.segment.slots)
-    rows = load_headers(handle, np.arange(first, last, dtype=np.int64))
-    if not content.any() and header.empty(rows).all():
+    if not content.any():
         system.punch(handle.data, page * PAGE, PAGE)

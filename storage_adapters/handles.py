@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,8 @@ from kvcm_ray.storage_adapters import system
 from kvcm_ray.storage_adapters.header import HEADER_BYTES
 
 LOCK_POLL_S = 0.0005
-LOCK_FILES_MAX = 8  #: idle lock files kept for each handle
+LOCK_FILES_MAX = 2  #: idle lock files kept for each handle
+FILES_PER_HANDLE = 5  #: data, header, the copy that the map holds, lock files
 
 
 def data_path(directory: Path, spec_name: str) -> Path:
@@ -69,7 +70,6 @@ class Handle:
         self.data = -1
         self.header = -1
         self._map: npt.NDArray[np.uint8] | None = None
-        self._map_address = 0
         self._locks: list[int] = []
         self._guard = threading.Lock()
         try:
@@ -122,21 +122,22 @@ class Handle:
             if have < need:
                 raise SegmentMissing(f"{path} has {have} bytes, {need} are needed")
 
-    def mapped(self, begin: int, end: int) -> npt.NDArray[np.uint8] | None:
-        """Bytes ``begin:end`` of the data file if they can be touched safely now, else None.
+    def mapped(self, spans: Sequence[tuple[int, int]]) -> npt.NDArray[np.uint8] | None:
+        """The data file as memory if all (offset, length) of it can be touched safely, else None.
 
         Whoever touches them holds the lock of the slots, so that nobody punches them meanwhile.
         """
-        if os.fstat(self.data).st_size < end:
-            return None
+        end = max((offset + length for offset, length in spans), default=0)
         view = self._map
         if view is None or len(view) < end:
             view = self._make_map()
         if view is None or len(view) < end:
             return None
-        if not system.resident(self._map_address + begin, end - begin):
-            return None
-        return view[begin:end]
+        address = view.ctypes.data
+        for offset, length in spans:
+            if not system.resident(address + offset, length):
+                return None
+        return view
 
     def _make_map(self) -> npt.NDArray[np.uint8] | None:
         with self._guard:
@@ -147,7 +148,6 @@ class Handle:
                 view = np.frombuffer(mmap.mmap(self.data, length), np.uint8)
             except (OSError, ValueError):
                 return None  # out of address space or shrunk just now: plain reads still work
-            self._map_address = view.ctypes.data
             self._map = view
             return view
 
@@ -285,7 +285,8 @@ _caches: weakref.WeakSet[HandleCache] = weakref.WeakSet()
 
 def _default_handles_max() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 256 if soft == resource.RLIM_INFINITY else max(8, min(256, soft // 8))
+    share = 4096 if soft == resource.RLIM_INFINITY else soft // 2  # the rest is the caller's
+    return max(8, min(512, share // FILES_PER_HANDLE))
 
 
 def _forget_all() -> None:

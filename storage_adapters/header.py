@@ -4,9 +4,9 @@ One header a slot and spec, kept in a file of its own so that payloads stay alig
 which key, segment (``tag``), spec and slot it belongs to, which session wrote it (``generation``),
 how long the payload is and what it hashes to. All zeros means that nothing was written.
 
-`matching` needs no look at the header's own CRC: every field but two is compared with what the
-caller asks for. Those two are the payload's checksum, which the payload must then meet, and it.
-Where nothing is asked for (fsck, rebuild, deletes) `valid` checks the CRC.
+The payload's checksum is seeded with the block's key, generation and place. So it proves all of
+them at once, even if the header is torn between an old and a new one, and `matching` needs no look
+at the header's own CRC. Where no payload is read (fsck, rebuild, deletes) `valid` checks the CRC.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from kvcm_ray.core.requests import U32, Flags, Keys
 
@@ -34,7 +37,7 @@ HEADER = np.dtype(
         ("tag", "<u8"),
         ("generation", "<u8"),
         ("length", "<u8"),  #: bytes of payload
-        ("checksum", "<u8"),  #: xxh3_64 of the payload
+        ("checksum", "<u8"),  #: `checksum` of the payload
         ("spec", "<u8"),
         ("slot", "<u4"),
         ("crc", "<u4"),  #: CRC-32 of the 60 bytes before
@@ -44,12 +47,34 @@ assert HEADER.itemsize == HEADER_BYTES
 
 Headers = npt.NDArray[np.void]
 Slots = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
 
 
 @functools.lru_cache(maxsize=4096)
 def spec_id(spec_name: str) -> int:
     """Unsigned 64-bit identity of a spec name."""
     return int.from_bytes(hashlib.blake2b(spec_name.encode(), digest_size=8).digest(), "little")
+
+
+_digest: Callable[[Any, int], int] = xxhash.xxh3_64_intdigest
+#: Odd constants, so that a change of any part of an identity changes the seed.
+_KEY, _GENERATION, _PLACE = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
+_MASK = 2**64 - 1
+
+
+def seeds(tag: int, spec_name: str, slots: Slots, keys: Keys, generations: U32) -> list[int]:
+    """Seeds of the payload checksums of blocks."""
+    place = np.uint64((tag * _PLACE ^ spec_id(spec_name)) & _MASK)
+    mixed = np.asarray(keys, np.int64).astype(np.uint64) * np.uint64(_KEY)
+    mixed ^= np.asarray(generations, np.uint64) * np.uint64(_GENERATION)
+    mixed ^= np.asarray(slots, np.uint64) * np.uint64(_PLACE) ^ place
+    found: list[int] = mixed.tolist()
+    return found
+
+
+def checksums(payloads: Iterable[Bytes], seeds: Iterable[int]) -> npt.NDArray[np.uint64]:
+    """Seeded xxh3_64 of each payload. Releases the GIL while it hashes large ones."""
+    return np.fromiter(map(_digest, payloads, seeds), np.uint64)
 
 
 def build(

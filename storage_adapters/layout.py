@@ -63,9 +63,7 @@ def _grow(path: Path, size: int) -> None:
 
 
 def _write_description(directory: Path, segment: Segment, owner: SegmentOwner) -> None:
-    text = json.dumps(
-        {"format": FORMAT, "segment": to_plain(segment), "owner": to_plain(owner)}, indent=1
-    )
+    text = json.dumps({"format": FORMAT, "segment": to_plain(segment), "owner": to_plain(owner)}, indent=1)
     draft = directory / f"{DESCRIPTION}.{os.getpid()}.tmp"
     draft.write_text(text + "\n")
     draft.replace(directory / DESCRIPTION)

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from kvcm_ray.core.model import Segment
 from kvcm_ray.core.requests import U32, Flags, Keys
@@ -41,7 +40,7 @@ from kvcm_ray.storage_adapters.base import (
     SegmentOwner,
     StorageAdapter,
 )
-from kvcm_ray.storage_adapters.buffers import Views
+from kvcm_ray.storage_adapters.buffers import Bytes, Views
 from kvcm_ray.storage_adapters.handles import Handle, HandleCache, spec_size
 from kvcm_ray.storage_adapters.header_io import load_headers, save_headers
 from kvcm_ray.storage_adapters.ranges import Piece, Slots
@@ -51,8 +50,6 @@ log = logging.getLogger(__name__)
 LOCK_WAIT_S = 1.0
 LOG_EVERY_S = 60.0
 SEAL_BYTES = 8 << 20  #: payload read at a time to seal it
-
-checksum: Callable[[Any], int] = xxhash.xxh3_64_intdigest
 
 
 class PathStorage(StorageAdapter):
@@ -66,13 +63,17 @@ class PathStorage(StorageAdapter):
 
     # ------------------------------------------------------------------- what subclasses say
 
-    def _load(self, handle: Handle, views: Views, piece: Piece, locked: bool) -> bool:
+    def _window(self, handle: Handle, views: Views, where: Slots, locked: bool) -> Bytes | None:
+        """The data file as memory, if these slots can be touched there safely, else None."""
+        return None
+
+    def _load(self, handle: Handle, views: Views, piece: Piece, window: Bytes | None) -> bool:
         """Copy the payload of a piece into `views`; False if the file ends before."""
         begin = piece.slot * handle.size
         parts = views.parts(piece.begin, piece.end)
         return system.read_into(handle.data, parts, begin) == piece.span * handle.size
 
-    def _store(self, handle: Handle, views: Views, piece: Piece, locked: bool) -> None:
+    def _store(self, handle: Handle, views: Views, piece: Piece, window: Bytes | None) -> None:
         """Copy the payload of a piece from `views`; raises OSError."""
         parts = views.parts(piece.begin, piece.end)
         system.write_from(handle.data, parts, piece.slot * handle.size)
@@ -159,10 +160,15 @@ class PathStorage(StorageAdapter):
             handle.require(int(where.max()) + 1)
             _erase_older(handle, where, generations)
             sums = np.empty(len(where), np.uint64)
+            seeds = header.seeds(segment.tag, spec_name, where, keys, generations)
+
+            window = self._window(handle, views, where, locked)
 
             def store(piece: Piece) -> None:
-                self._store(handle, views, piece, locked)
-                sums[piece.begin : piece.end] = _checksums(views, piece)
+                self._store(handle, views, piece, window)
+                here = slice(piece.begin, piece.end)
+                payloads = views.each(piece.begin, piece.end)
+                sums[here] = header.checksums(payloads, seeds[here])
 
             _in_pieces(store, where, size)
             rows = header.build(segment.tag, spec_name, where, keys, generations, size, sums)
@@ -212,24 +218,27 @@ class PathStorage(StorageAdapter):
             self._hold(handle, where, self._reading_locks(handle), 0.0) as locked,
         ):
             before = load_headers(handle, where)
-            flags[:] = header.matching(
-                before, segment.tag, spec_name, where, keys, generations, handle.size
-            )
+            flags[:] = header.matching(before, segment.tag, spec_name, where, keys, generations, handle.size)
+            flags &= where < handle.slots
             sums = before["checksum"]
+            seeds = header.seeds(segment.tag, spec_name, where, keys, generations)
+
+            window = self._window(handle, views, where[flags], locked)
 
             def load(piece: Piece) -> None:
                 here = slice(piece.begin, piece.end)
-                loaded = self._load(handle, views, piece, locked)
-                flags[here] = loaded and _checksums(views, piece) == sums[here]
+                if not self._load(handle, views, piece, window):
+                    flags[here] = False
+                    return
+                payloads = views.each(piece.begin, piece.end)
+                flags[here] = header.checksums(payloads, seeds[here]) == sums[here]
 
             _in_pieces(load, where, handle.size, flags.copy())  # `load` clears flags meanwhile
             if flags.any():
                 flags &= header.same(before, load_headers(handle, where))
             return not flags.all() and handle.replaced
 
-    def seal(
-        self, segment: Segment, spec_name: str, slots: U32, keys: Keys, generations: U32
-    ) -> Flags:
+    def seal(self, segment: Segment, spec_name: str, slots: U32, keys: Keys, generations: U32) -> Flags:
         where = _checked(segment, slots, keys, generations, None)
         sealed = np.zeros(len(where), np.bool_)
         if len(where) == 0:
@@ -343,9 +352,7 @@ def _checked(
     return where
 
 
-def _in_pieces(
-    work: Callable[[Piece], None], where: Slots, size: int, wanted: Flags | None = None
-) -> None:
+def _in_pieces(work: Callable[[Piece], None], where: Slots, size: int, wanted: Flags | None = None) -> None:
     """Call `work` for runs of adjacent slots, by several threads if there are bytes enough."""
     total = size * (len(where) if wanted is None else int(np.count_nonzero(wanted)))
     threads = workers.shares(total, size)
@@ -360,11 +367,6 @@ def _in_pieces(
             work(piece)
 
     workers.run_all([share] * threads)
-
-
-def _checksums(views: Views, piece: Piece) -> npt.NDArray[np.uint64]:
-    rows = views.each(piece.begin, piece.end)
-    return np.fromiter(map(checksum, rows), np.uint64, piece.end - piece.begin)
 
 
 def _erase_older(handle: Handle, where: Slots, generations: U32) -> None:
@@ -395,13 +397,15 @@ def _seal_some(handle: Handle, where: Slots, keys: Keys, generations: U32) -> No
     """Write headers for those of `where` (no header yet) that have a payload."""
     size = handle.size
     payload: npt.NDArray[np.uint8] = np.empty(size, np.uint8)
+    seeds = header.seeds(handle.segment.tag, handle.spec_name, where, keys, generations)
     good = np.zeros(len(where), np.bool_)
     sums = np.zeros(len(where), np.uint64)
     for index, slot in enumerate(where.tolist()):
         if not system.has_data(handle.data, slot * size, size):
             continue
         if system.read_into(handle.data, [payload], slot * size) == size:
-            good[index], sums[index] = True, checksum(payload)
+            sums[index : index + 1] = header.checksums([payload], seeds[index : index + 1])
+            good[index] = True
     rows = header.build(
         handle.segment.tag, handle.spec_name, where[good], keys[good], generations[good], size,
         sums[good],

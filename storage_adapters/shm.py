@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvcm_ray.storage_adapters import ranges
 from kvcm_ray.storage_adapters.buffers import Bytes, Views
 from kvcm_ray.storage_adapters.handles import Handle
 from kvcm_ray.storage_adapters.path_storage import PathStorage
-from kvcm_ray.storage_adapters.ranges import Piece
+from kvcm_ray.storage_adapters.ranges import Piece, Slots
 
 #: Below this many bytes a copy, the kernel's vectored copy beats a loop in Python.
 MAPPED_BYTES_MIN = 32 * 1024
@@ -28,30 +29,26 @@ class SharedMemoryStorage(PathStorage):
     def _writing_locks(self, handle: Handle) -> bool:
         return True
 
-    def _load(self, handle: Handle, views: Views, piece: Piece, locked: bool) -> bool:
-        parts = views.parts(piece.begin, piece.end)
-        source = self._mapped(handle, piece, parts) if locked else None
-        if source is None:
-            return super()._load(handle, views, piece, locked)
-        at = 0
-        for part in parts:
-            np.copyto(part, source[at : at + len(part)])
+    def _window(self, handle: Handle, views: Views, where: Slots, locked: bool) -> Bytes | None:
+        if not locked or (views.matrix is None and handle.size < MAPPED_BYTES_MIN):
+            return None
+        spans = [(int(where[begin]), end - begin) for begin, end in ranges.runs(where)]
+        return handle.mapped([(slot * handle.size, count * handle.size) for slot, count in spans])
+
+    def _load(self, handle: Handle, views: Views, piece: Piece, window: Bytes | None) -> bool:
+        if window is None:
+            return super()._load(handle, views, piece, None)
+        at = piece.slot * handle.size
+        for part in views.parts(piece.begin, piece.end):
+            np.copyto(part, window[at : at + len(part)])
             at += len(part)
         return True
 
-    def _store(self, handle: Handle, views: Views, piece: Piece, locked: bool) -> None:
-        parts = views.parts(piece.begin, piece.end)
-        target = self._mapped(handle, piece, parts) if locked else None
-        if target is None:
-            super()._store(handle, views, piece, locked)
+    def _store(self, handle: Handle, views: Views, piece: Piece, window: Bytes | None) -> None:
+        if window is None:
+            super()._store(handle, views, piece, None)
             return
-        at = 0
-        for part in parts:
-            np.copyto(target[at : at + len(part)], part)
+        at = piece.slot * handle.size
+        for part in views.parts(piece.begin, piece.end):
+            np.copyto(window[at : at + len(part)], part)
             at += len(part)
-
-    def _mapped(self, handle: Handle, piece: Piece, parts: list[Bytes]) -> Bytes | None:
-        if not parts or len(parts[0]) < MAPPED_BYTES_MIN:
-            return None
-        begin = piece.slot * handle.size
-        return handle.mapped(begin, begin + piece.span * handle.size)

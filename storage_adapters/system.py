@@ -54,7 +54,10 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
 
 
 def resident(address: int, length: int) -> bool:
-    """True if every page of a mapped range is in memory, so that touching it cannot fail."""
+    """True if every page of a mapped range is in memory, so that touching it cannot fail.
+
+    Pages beyond the end of the file are not.
+    """
     begin = address & -PAGE
     pages = (address + length - begin + PAGE - 1) // PAGE
     found = np.empty(pages, np.uint8)
@@ -104,9 +107,7 @@ def write_from(fd: int, parts: Sequence[Bytes], offset: int) -> None:
         raise OSError(errno.EIO, "the kernel wrote nothing and gave no reason")
 
 
-def _transfer(
-    call: Callable[[Sequence[Any], int], int], parts: Sequence[Bytes], offset: int
-) -> int:
+def _transfer(call: Callable[[Sequence[Any], int], int], parts: Sequence[Bytes], offset: int) -> int:
     done_total = 0
     for first in range(0, len(parts), IOV_MAX):
         pending: list[Any] = list(parts[first : first + IOV_MAX])

@@ -32,7 +32,7 @@ class IndexBatch:
 
     def __init__(self, txn: Any, tables: Tables, counters: Counters, full: StorageFull | None) -> None:
         self._txn, self._tables, self.counters = txn, tables, counters
-        self._full = full
+        self.full = full  #: why nothing that makes the index larger is taken, if so
         self.damage = walk.Damage()
         self._runs = RunTables(txn, tables, counters, self.damage)
         self.ops: list[list[Any]] = []
@@ -180,8 +180,8 @@ class IndexBatch:
 
     def _grow(self) -> None:
         """Refuse what makes a full index larger; removing needs the rest of the room."""
-        if self._full is not None:
-            raise self._full
+        if self.full is not None:
+            raise self.full
 
     # ----------------------------------------------------------------------------------- log
 

@@ -16,12 +16,17 @@ from typing import Any
 
 from kvcm_ray.actors.reclaimer import ReclaimerBody
 from kvcm_ray.actors.registry_body import RegistryBody
-from kvcm_ray.actors.service import GroupService, refuse_when_fenced
+from kvcm_ray.actors.service import GroupService
 from kvcm_ray.actors.view import RegistryView
 from kvcm_ray.core.model import InstanceInfo
 from kvcm_ray.core.requests import Reply, Request, Touch
 from kvcm_ray.errors import KvcmError, Unavailable
 from kvcm_ray.serve_app.backend import Backend
+
+
+def _end(why: str) -> None:
+    """There is no process of the group's own to end: its loop ends."""
+    raise Unavailable(why)
 
 
 class LocalGroups:
@@ -39,10 +44,7 @@ class LocalGroups:
 
     def refresh(self, group: str) -> None:
         if group not in self.services:
-            service = GroupService(
-                self._view, group, self, lambda: refuse_when_fenced(self.services[group])
-            )
-            self.services[group] = service
+            self.services[group] = GroupService(self._view, group, self, _end)
         self.services[group].refresh().result()
 
     def remove(self, group: str) -> None:

@@ -228,9 +228,7 @@ class MemoryStorage(StorageAdapter):
                 views.row(index)[:] = content
         return flags
 
-    def seal(
-        self, segment: Segment, spec_name: str, slots: U32, keys: Keys, generations: U32
-    ) -> Flags:
+    def seal(self, segment: Segment, spec_name: str, slots: U32, keys: Keys, generations: U32) -> Flags:
         _check(segment, slots, len(keys), len(generations))
         sealed = np.zeros(len(slots), np.bool_)
         with self._guard:

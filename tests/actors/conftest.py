@@ -29,7 +29,7 @@ class Groups:
             view = RegistryView(self.data_dir)
             self.body = ReclaimerBody(view)
             self.services[group] = GroupService(
-                view, group, self, lambda: self.fenced.append(group)
+                view, group, self, lambda why: self.fenced.append(group)
             )
         self.services[group].refresh().result(10)
 

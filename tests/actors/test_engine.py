@@ -22,8 +22,8 @@ from kvcm_ray.core.requests import (
     WriteFinished,
     WriteStarted,
 )
-from kvcm_ray.errors import Fenced, InstanceNotFound, StorageError, Unavailable
-from kvcm_ray.index import IndexReader
+from kvcm_ray.errors import Fenced, InstanceNotFound, StorageError, StorageFull, Unavailable
+from kvcm_ray.index import IndexReader, IndexWriter
 from kvcm_ray.testing.blocks import finish_request, instance, some_keys, start_request
 
 
@@ -130,6 +130,43 @@ def test_a_storage_that_makes_no_segment_fails_the_batch_only(
     root.unlink()
     root.mkdir()
     write(engine, some_keys(3))
+
+
+def test_an_instance_in_trouble_does_not_fail_the_others(
+    registry: RegistryBody, view: RegistryView, groups, tmp_path: Path
+) -> None:
+    """Both in one batch: "one" has its segment already, "two" cannot make its first one."""
+    for name in ("one", "two"):
+        registry.register_instance(instance(name))
+    groups.services.pop("default").stop()
+    engine = GroupEngine(tmp_path, view.group("default"), view.storages(), view.instances().values())
+    write(engine, some_keys(1))
+    (tmp_path / "tiers" / "nfs_01" / "two").write_text("in the way")
+    requests = [
+        start_request("one", some_keys(4)),
+        start_request("two", some_keys(4)),
+        start_request("one", some_keys(6)),
+    ]
+    first, second, third = engine.submit_batch(requests)
+    assert isinstance(second, StorageError), second
+    assert isinstance(first, WriteStarted)
+    assert isinstance(third, WriteStarted)
+    assert engine.submit_batch([finish_request("one", third)]) == [WriteFinished(len(third.locations), 0)]
+
+
+def test_a_full_index_refuses_writes_before_anything_changes(
+    engine: GroupEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index says it is full: starting is refused, removing and reading go on."""
+    keys = some_keys(3)
+    write(engine, keys)
+    full = StorageFull("no room for the index")
+    monkeypatch.setattr(IndexWriter, "_full", lambda self, txn: full)
+    before = engine.usage()
+    assert engine.submit_batch([start_request("one", some_keys(9)[3:])]) == [full]
+    assert engine.usage() == before
+    (removed,) = engine.submit_batch([RemoveBlocks("r", "one", keys)])
+    assert removed.blocks == 3
 
 
 def test_a_damaged_index_is_rebuilt_from_headers(

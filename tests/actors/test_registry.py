@@ -80,6 +80,18 @@ def test_refused_groups(registry: RegistryBody, change: dict[str, object]) -> No
         registry.create_group(dataclasses.replace(good, **{"name": "other", **change}))
 
 
+def test_candidates_must_be_registered(registry: RegistryBody) -> None:
+    """Only those that are new to the group: one removed by force does not block other changes."""
+    group = registry.get_group("default")
+    unknown = dataclasses.replace(group, version=group.version + 1, storage_candidates=("nope",))
+    with pytest.raises(StorageNotFound):
+        registry.create_group(dataclasses.replace(unknown, name="other"))
+    with pytest.raises(StorageNotFound):
+        registry.update_group(unknown, group.version)
+    registry.remove_storage(group.storage_candidates[0], force=True)
+    registry.update_group(dataclasses.replace(group, version=group.version + 1), group.version)
+
+
 def test_group_versions(registry: RegistryBody, view: RegistryView) -> None:
     group = registry.get_group("default")
     two = dataclasses.replace(group, version=2, user_data="two")

@@ -40,6 +40,9 @@ def test_many_small_blocks(lab: Lab) -> None:
     out = np.zeros_like(source)
     assert lab.storage.read(segment, "tp0", slots, keys, generations, out).all()
     assert (out == source).all()
+    rows = [bytearray(512) for _ in range(3000)]
+    assert lab.storage.read(segment, "tp0", slots, keys, generations, rows).all()
+    assert b"".join(rows) == source.tobytes()
     rows = [bytearray(512) for _ in range(1500)]
     odd = slice(1, None, 2)
     assert lab.storage.read(segment, "tp0", slots[odd], keys[odd], generations[odd], rows).all()
@@ -263,6 +266,16 @@ def test_delete_takes_slots_without_a_readable_header(lab: Lab) -> None:
     assert lab.delete(segment, [1, 2, 3], generation=44) == 8192
     assert not lab.storage.written_slots(segment, "tp0").any()
     assert header.empty(lab.storage.raw_headers(segment, "tp0")).all()
+
+
+def test_delete_leaves_neighbours_without_headers_alone(lab: Lab) -> None:
+    """Slots that share a page, one of them being written by a plain client."""
+    segment = lab.segment(1000)
+    lab.write(segment, {0: block(1000, 0), 2: block(1000, 2)})
+    lab.store_unsealed(segment, 1, block(1000, 1))
+    lab.delete(segment, [0, 2])
+    assert lab.storage.seal(segment, "tp0", *arrays([1], 5)).all()
+    assert lab.read(segment, [1], generation=5) == [block(1000, 1)]
 
 
 def test_a_deleted_slot_can_be_used_again(lab: Lab) -> None:
