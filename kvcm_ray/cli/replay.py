@@ -1,0 +1,189 @@
+"""``kvcm replay``: a trace against a live manager, with real bytes, every byte read verified."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from kvcm_ray.cli.output import (
+    BYTES,
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_PROBLEMS,
+    emit,
+    human_bytes,
+    json_option,
+    note,
+)
+from kvcm_ray.cli.target import Target, target_options
+from kvcm_ray.client import connect_async
+from kvcm_ray.errors import InvalidArgument
+from kvcm_ray.traces import BUNDLED, TraceRequest, open_trace
+from kvcm_ray.traces.replay import CALLS, Replay, Report
+
+TOKENS_PER_BLOCK = 512  #: of the bundled traces; only described, nothing here depends on it
+
+
+class Speed(click.ParamType):  # type: ignore[type-arg]
+    name = "speed"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float | None:
+        if value is None or value == "max":
+            return None
+        try:
+            speed = float(value)
+        except ValueError:
+            speed = 0.0
+        if not speed > 0:
+            self.fail(f"{value!r} is neither 'max' nor a number above 0", param, ctx)
+        return speed
+
+
+@click.command()
+@click.argument("trace")
+@click.option("--group", default="default", show_default=True)
+@click.option("--instance", default="replay", show_default=True, help="Registered if it is new.")
+@click.option("--block-bytes", type=BYTES, default="4KiB", show_default=True)
+@click.option("--limit", type=click.IntRange(min=0), help="Only the first so many requests.")
+@click.option("--speed", type=Speed(), default="max", show_default=True, help="Factor on the trace's pace.")
+@click.option(
+    "--via", type=click.Choice(["actor", "http"]), default=None,
+    help="Metadata by actor handles (the default) or by HTTP (the default with --url).",
+)  # fmt: skip
+@click.option(
+    "--window", type=click.IntRange(1, 256), default=8, show_default=True,
+    help="Requests that may be writing at once; 1 is strictly one at a time.",
+)  # fmt: skip
+@click.option("--wrap", is_flag=True, help="Begin again at the end, until --seconds are over.")
+@click.option("--seconds", type=click.FloatRange(min=0.1), help="Stop after so many seconds.")
+@target_options
+@json_option
+def replay(trace: str, target: Target, as_json: bool, **options: Any) -> int:
+    """Replay TRACE: look up, read and verify hits, write misses.
+
+    TRACE is a file of JSON lines (Mooncake or Qwen-Bailian format, .gz or not), or the name of a
+    bundled one: conversation, synthetic. Exit code 4 if any byte was wrong or a found block could
+    not be read, 1 if blocks could not be stored.
+    """
+    if options["wrap"] and not options["seconds"]:
+        raise click.UsageError("--wrap needs --seconds, or it would never end")
+    try:
+        requests = open_trace(trace, options["limit"])
+    except InvalidArgument as error:
+        raise click.BadParameter(error.message, param_hint="TRACE") from error
+    if options["wrap"]:
+        requests = _again_and_again(trace, options["limit"], requests)
+    report = asyncio.run(_run(trace, requests, target, options))
+    emit(report.to_dict(), as_json, report_lines(report.to_dict()))
+    if report.first_error is not None:
+        note(f"first trouble: {report.first_error.message}")
+    if report.wrong_bytes or report.unreadable_blocks:
+        return EXIT_PROBLEMS
+    return EXIT_FAILED if report.refused_blocks or report.first_error else EXIT_OK
+
+
+def _again_and_again(trace: str, limit: int | None, first: Iterator[TraceRequest]) -> Iterator[TraceRequest]:
+    yield from first
+    while True:
+        some = False
+        for request in open_trace(trace, limit):
+            some = True
+            yield request
+        if not some:
+            return
+
+
+def _address(target: Target, via: str | None) -> str:
+    if via == "http" or (via is None and target.url is not None):
+        return target.find_url()
+    if target.url is not None and target.data_dir is None:
+        raise click.UsageError("--via actor needs --data-dir, not --url")
+    target.manager()  # raises if none runs there
+    return str(target.directory())
+
+
+async def _run(
+    trace: str, requests: Iterator[TraceRequest], target: Target, options: dict[str, Any]
+) -> Report:
+    block_bytes: int = options["block_bytes"]
+    if block_bytes < 1:
+        raise click.BadParameter("must be above 0", param_hint="--block-bytes")
+    seconds = options["seconds"]
+    async with await connect_async(_address(target, options["via"])) as client:
+        instance = await client.register(
+            options["instance"],
+            options["group"],
+            block_size=TOKENS_PER_BLOCK,
+            specs={"tp0": block_bytes},
+            model_name=f"replay-{block_bytes}",
+        )
+        with _Progress(_total(trace, options)) as progress:
+            until_s = time.monotonic() + seconds if seconds else None
+            run = Replay(instance, block_bytes, options["window"], options["speed"], until_s, progress.show)
+            return await run.run(requests)
+
+
+def _total(trace: str, options: dict[str, Any]) -> int | None:
+    """Requests to expect, if that is known without reading the file."""
+    if options["wrap"]:
+        return None
+    counts = {"conversation": 12_031, "synthetic": 3_993}
+    known = [counts[name] for name, file in BUNDLED.items() if trace == name or trace.endswith(file)]
+    bounds = [n for n in (*known, options["limit"]) if n is not None]
+    return min(bounds) if bounds else None
+
+
+class _Progress:
+    """A bar on a terminal, a line every ten seconds elsewhere; always on standard error."""
+
+    def __init__(self, total: int | None) -> None:
+        self._tty = sys.stderr.isatty()
+        self._bar = tqdm(total=total, unit="req", file=sys.stderr, disable=not self._tty)
+        self._shown = 0
+        self._line_at = time.monotonic() + 10
+        self._ticks = itertools.count(1)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, report: Report) -> None:
+        if next(self._ticks) % 32:
+            return
+        hits = report.hit_blocks / max(1, report.accessed_blocks)
+        if self._tty:
+            self._bar.update(report.requests - self._shown)
+            self._bar.set_postfix_str(f"hits {hits:.1%}, wrong bytes {report.wrong_bytes}")
+            self._shown = report.requests
+        elif time.monotonic() >= self._line_at:
+            self._line_at = time.monotonic() + 10
+            rate = report.requests / max(report.seconds, 1e-9)
+            note(f"{report.requests} requests, {rate:.0f}/s, hits {hits:.1%}")
+
+
+def report_lines(r: dict[str, Any]) -> list[str]:
+    lines = [
+        f"requests         {r['requests']}   {r['requests_per_s']:.0f}/s, {r['seconds']:.1f} s",
+        f"blocks accessed  {r['accessed_blocks']}",
+        f"blocks hit       {r['hit_blocks']}   {r['hit_ratio']:.2%}",
+        f"blocks written   {r['written_blocks']}   {human_bytes(r['bytes_written'])}, "
+        f"{human_bytes(r['bytes_written_per_s'])}/s",
+        f"bytes verified   {human_bytes(r['bytes_read'])}   {human_bytes(r['bytes_read_per_s'])}/s",
+        f"wrong bytes      {r['wrong_bytes']}",
+        f"unreadable       {r['unreadable_blocks']} blocks",
+        f"refused          {r['refused_blocks']} blocks",
+    ]
+    for name in CALLS:
+        if r[f"{name}_p50_us"] is not None:
+            p50, p99 = r[f"{name}_p50_us"], r[f"{name}_p99_us"]
+            lines.append(f"{name:<16} p50 {p50:.0f} us   p99 {p99:.0f} us")
+    return lines

@@ -1,0 +1,70 @@
+"""The metadata side of the client: how it learns where blocks are, and reserves room for new ones.
+
+`direct.DirectBackend` reads the index in this process and calls actors; `http.HttpBackend` does all
+by HTTP. Both answer in the same terms. With `blocking` true their coroutines never suspend (see
+`runtime`).
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Protocol
+
+import numpy as np
+
+from kvcm_ray.client.results import Lookup, WritePlan
+from kvcm_ray.client.transfer import Blocks
+from kvcm_ray.core.mask import BlockMask
+from kvcm_ray.core.model import InstanceInfo
+from kvcm_ray.core.requests import BlockLocations, Keys, Removed, TrimInstance, WriteFinished
+
+CALL_TIMEOUT_S = 15.0  #: of a metadata call whose caller has no deadline of its own
+
+
+class Backend(Protocol):
+    """All calls raise `KvcmError` only; `Unavailable` once `timeout_s` has passed."""
+
+    @property
+    def address(self) -> str:
+        """What it is connected to, for messages."""
+
+    async def register(self, info: InstanceInfo, timeout_s: float) -> InstanceInfo:
+        """Register an instance, or find it registered with the same shape."""
+
+    async def instance(self, instance_id: str, timeout_s: float) -> InstanceInfo: ...
+
+    async def match_length(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> int: ...
+
+    async def match(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Blocks:
+        """The blocks of the leading run of present keys."""
+
+    async def lookup(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Lookup: ...
+
+    async def start_write(
+        self,
+        info: InstanceInfo,
+        keys: Keys,
+        lease_s: float,
+        spec_groups: tuple[str, ...],
+        timeout_s: float,
+    ) -> WritePlan: ...
+
+    async def finish_write(
+        self, info: InstanceInfo, session_id: str, success: BlockMask, timeout_s: float
+    ) -> WriteFinished: ...
+
+    async def remove(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Removed:
+        """`Removed.blocks` is -1 where the protocol does not say how many."""
+
+    async def trim(self, info: InstanceInfo, what: TrimInstance, timeout_s: float) -> Removed: ...
+
+    async def close(self) -> None: ...
+
+
+def new_id() -> str:
+    """A session or event id: 32 characters of [a-z0-9]."""
+    return secrets.token_hex(16)
+
+
+def no_blocks() -> Blocks:
+    return Blocks(np.zeros(0, np.int64), BlockLocations.empty(), {}, {})

@@ -1,0 +1,224 @@
+"""The client's metadata without HTTP: the index is read in this process, writes are actor calls.
+
+Needs the manager's data directory on this node, and Ray for anything but reads: a look-up costs no
+RPC and goes on while the manager is down.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvcm_ray.actors.handles import GroupHandle, RegistryHandle
+from kvcm_ray.actors.view import RegistryView
+from kvcm_ray.client.backend import new_id
+from kvcm_ray.client.results import Lookup, WritePlan
+from kvcm_ray.client.touches import TouchCollector
+from kvcm_ray.client.transfer import Blocks
+from kvcm_ray.core.mask import BlockMask
+from kvcm_ray.core.model import InstanceInfo, Segment
+from kvcm_ray.core.requests import (
+    BlockLocations,
+    FinishWrite,
+    Keys,
+    RemoveBlocks,
+    Removed,
+    Request,
+    StartWrite,
+    Touch,
+    TrimInstance,
+    WriteFinished,
+    WriteStarted,
+)
+from kvcm_ray.errors import NotFound
+from kvcm_ray.index import IndexReader
+
+TOUCH_TIMEOUT_S = 2.0
+REFRESH_S = 0.25  #: how often a reader looks whether its index was replaced by a rebuilt one
+
+
+class _Index:
+    """The reader of one registration of an instance, and its segments."""
+
+    def __init__(self, path: str) -> None:
+        self.reader = IndexReader(path)
+        self._segments: dict[int, Segment] = {}
+        self._refresh_at = time.monotonic() + REFRESH_S
+
+    def refreshed(self) -> IndexReader:
+        now = time.monotonic()
+        if now >= self._refresh_at:
+            self._refresh_at = now + REFRESH_S
+            self.reader.refresh()
+        return self.reader
+
+    def segments_of(self, locations: BlockLocations) -> dict[int, Segment]:
+        """The segments that `locations` names, as far as they exist.
+
+        Ids are never used twice, so what was read once stays true.
+        """
+        found = {}
+        for segment_id in _distinct(locations):
+            segment = self._segments.get(segment_id) or self.reader.segment(segment_id)
+            if segment is not None:
+                found[segment_id] = self._segments[segment_id] = segment
+        return found
+
+
+def _distinct(locations: BlockLocations) -> Iterable[int]:
+    ids = locations.segment
+    if len(ids) == 0:
+        return ()
+    first = ids[0]
+    return (int(first),) if (ids == first).all() else np.unique(ids).tolist()
+
+
+class DirectBackend:
+    """`Backend` on actor handles and index readers; see `kvcm_ray.client.backend`."""
+
+    def __init__(self, view: RegistryView, *, blocking: bool) -> None:
+        self.blocking = blocking
+        self.view = view
+        self._registry = RegistryHandle()
+        self._groups: dict[str, GroupHandle] = {}
+        self._indexes: dict[str, _Index] = {}  #: by registration uid
+        self._lock = threading.Lock()
+        self._touches = TouchCollector(self._send_touches)
+
+    @property
+    def address(self) -> str:
+        return str(self.view.data_dir)
+
+    async def close(self) -> None:
+        self._touches.close()
+        with self._lock:
+            indexes, self._indexes = list(self._indexes.values()), {}
+        for index in indexes:
+            index.reader.close()
+        self.view.close()
+
+    # ------------------------------------------------------------------------------- instances
+
+    async def register(self, info: InstanceInfo, timeout_s: float) -> InstanceInfo:
+        stored: InstanceInfo
+        if self.blocking:
+            stored = self._registry.call_sync("register_instance", info, timeout_s=timeout_s)
+        else:
+            stored = await self._registry.call("register_instance", info, timeout_s=timeout_s)
+        return stored
+
+    async def instance(self, instance_id: str, timeout_s: float) -> InstanceInfo:
+        return self.view.instance(instance_id)
+
+    # ----------------------------------------------------------------------------------- reads
+
+    async def match_length(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> int:
+        index = self._index(info)
+        length = index.refreshed().match_length(keys) if index and len(keys) else 0
+        self._touch(info, keys[:length], len(keys))
+        return length
+
+    async def match(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Blocks:
+        index = self._index(info)
+        if index is None or not len(keys):
+            self._touch(info, keys[:0], len(keys))
+            return Blocks(keys[:0], BlockLocations.empty(), {}, self.view.storages())
+        found = index.refreshed().match(keys)
+        hits = keys[: found.length]
+        self._touch(info, hits, len(keys))
+        segments = index.segments_of(found.locations)
+        return Blocks(hits, found.locations, segments, self.view.storages())
+
+    async def lookup(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Lookup:
+        index = self._index(info)
+        if index is None or not len(keys):
+            none = Blocks(keys[:0], BlockLocations.empty(), {}, self.view.storages())
+            return Lookup(np.zeros(len(keys), np.bool_), none)
+        flags, locations = index.refreshed().lookup(keys)
+        found = locations.take(flags)
+        segments = index.segments_of(found)
+        return Lookup(flags, Blocks(keys[flags], found, segments, self.view.storages()))
+
+    # ---------------------------------------------------------------------------------- writes
+
+    async def start_write(
+        self,
+        info: InstanceInfo,
+        keys: Keys,
+        lease_s: float,
+        spec_groups: tuple[str, ...],
+        timeout_s: float,
+    ) -> WritePlan:
+        begin_s = time.monotonic()
+        request = StartWrite(
+            new_id(), info.instance_id, keys, new_id(), max(1, int(lease_s * 1000)), spec_groups
+        )
+        reply: WriteStarted = await self._call(info, request, timeout_s)
+        blocks = Blocks(keys[~reply.exists], reply.locations, reply.segments, self.view.storages())
+        deadline_s = begin_s + reply.lease_ms / 1000  # before the manager's own, by the call's time
+        return WritePlan(reply.session_id, reply.exists, blocks, deadline_s)
+
+    async def finish_write(
+        self, info: InstanceInfo, session_id: str, success: BlockMask, timeout_s: float
+    ) -> WriteFinished:
+        event_id = f"finish-{session_id}"  # calling again must not be another event
+        request = FinishWrite(event_id, info.instance_id, session_id, success)
+        finished: WriteFinished = await self._call(info, request, timeout_s)
+        return finished
+
+    async def remove(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Removed:
+        request = RemoveBlocks(new_id(), info.instance_id, keys)
+        removed: Removed = await self._call(info, request, timeout_s)
+        return removed
+
+    async def trim(self, info: InstanceInfo, what: TrimInstance, timeout_s: float) -> Removed:
+        removed: Removed = await self._call(info, what, timeout_s)
+        return removed
+
+    # ------------------------------------------------------------------------------- internals
+
+    async def _call(self, info: InstanceInfo, request: Request, timeout_s: float) -> Any:
+        handle = self._group(info.instance_group_name)
+        if self.blocking:
+            return handle.call_sync(request, timeout_s)
+        return await handle.call(request, timeout_s)
+
+    def _group(self, name: str) -> GroupHandle:
+        handle = self._groups.get(name)
+        if handle is None:
+            with self._lock:
+                handle = self._groups.setdefault(name, GroupHandle(name))
+        return handle
+
+    def _index(self, info: InstanceInfo) -> _Index | None:
+        """The index of the instance as it is registered now; None while it has none yet.
+
+        Raises:
+            InstanceNotFound: it was removed.
+        """
+        current = self.view.instance(info.instance_id)
+        index = self._indexes.get(current.uid)
+        if index is None:
+            with self._lock:
+                index = self._indexes.get(current.uid)
+                if index is None:
+                    try:
+                        index = _Index(str(self.view.index_path(current)))
+                    except NotFound:
+                        return None
+                    self._indexes[current.uid] = index
+        return index
+
+    def _touch(self, info: InstanceInfo, hits: Keys, lookups: int) -> None:
+        if lookups:
+            touch = Touch(info.instance_id, hits, lookups)
+            self._touches.add(info.instance_group_name, touch)
+
+    def _send_touches(self, group: str, touches: Sequence[Touch]) -> None:
+        handle = self._group(group)
+        for future in [handle.start(touch, TOUCH_TIMEOUT_S) for touch in touches]:
+            handle.wait(future, TOUCH_TIMEOUT_S)

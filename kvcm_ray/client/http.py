@@ -1,0 +1,278 @@
+"""The client's metadata by HTTP alone: no Ray, no index, only the protocol.
+
+Bytes still go straight to the storages: each location URI names a segment's directory below the
+root path that registerInstance told in ``storage_configs``, and the directory holds its
+description. (A storage below /dev/shm is listed as a file storage there; it is mapped, not read.)
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import orjson
+
+from kvcm_ray import errors
+from kvcm_ray.client.backend import new_id, no_blocks
+from kvcm_ray.client.results import Lookup, WritePlan
+from kvcm_ray.client.transfer import Blocks
+from kvcm_ray.core.mask import BlockMask
+from kvcm_ray.core.model import (
+    InstanceInfo,
+    NfsSpec,
+    Segment,
+    ShmSpec,
+    StorageConfig,
+    from_plain,
+    to_plain,
+)
+from kvcm_ray.core.requests import BlockLocations, Flags, Keys, Removed, TrimInstance, WriteFinished
+from kvcm_ray.core.uri import ParsedUri, parse_uri
+from kvcm_ray.errors import KvcmError, Unavailable
+from kvcm_ray.storage_adapters import layout
+
+Json = dict[str, Any]
+
+_SHM = "/dev/shm/"
+_NO_SEGMENT = 2**32 - 1
+_CODE = re.compile(r"KVCM-[A-Z][0-9]{3}")
+_BY_WIRE: dict[str, type[KvcmError]] = {
+    "INVALID_ARGUMENT": errors.InvalidArgument,
+    "INSTANCE_NOT_EXIST": errors.InstanceNotFound,
+    "DUPLICATE_ENTITY": errors.InstanceMismatch,
+    "SERVICE_NOT_READY": errors.Unavailable,
+    "SERVER_NOT_LEADER": errors.Unavailable,
+    "UNSUPPORTED": errors.Unsupported,
+}
+
+
+def error_of(wire_code: str, message: str) -> KvcmError:
+    """The error of an answer: by the KVCM code if the message has one, else by the wire's code."""
+    found = _CODE.search(message)
+    by_code = {cls.code: cls for cls in vars(errors).values() if _is_error(cls)}
+    kind = by_code.get(found.group()) if found else _BY_WIRE.get(wire_code)
+    return (kind or KvcmError)(_reason(message) or wire_code, wire=wire_code)
+
+
+def _reason(message: str) -> str:
+    """``Failed to do it : {"error_msg":["its word","our reason"]}`` without the wrapping."""
+    _, colon, reasons = message.partition(" : {")
+    try:
+        found = orjson.loads("{" + reasons)["error_msg"] if colon else []
+    except (orjson.JSONDecodeError, KeyError):
+        found = []
+    return str(found[-1]) if found else message
+
+
+def _is_error(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, KvcmError)
+
+
+class HttpBackend:
+    """`Backend` over ``http://host:port``; see `kvcm_ray.client.backend`."""
+
+    def __init__(self, url: str, *, blocking: bool) -> None:
+        self._url = url.rstrip("/")
+        self.blocking = blocking
+        limits = httpx.Limits(max_connections=64, max_keepalive_connections=16)
+        kind = httpx.Client if blocking else httpx.AsyncClient
+        self._client: Any = kind(base_url=self._url, limits=limits, trust_env=False)
+        self._storages: dict[str, dict[str, StorageConfig]] = {}  #: by instance id
+        self._segments: dict[str, Segment] = {}  #: by directory
+
+    @property
+    def address(self) -> str:
+        return self._url
+
+    async def close(self) -> None:
+        if self.blocking:
+            self._client.close()
+        else:
+            await self._client.aclose()
+
+    async def post(self, call: str, body: Json, timeout_s: float) -> Json:
+        """One API call, e.g. ``post("listStorage", {}, 5)``; the answer if its status is OK.
+
+        Raises:
+            Unavailable: no (sensible) answer in time. Or what the status says.
+        """
+        data = orjson.dumps({"trace_id": "kvcm-client", **body}, option=orjson.OPT_SERIALIZE_NUMPY)
+        try:
+            request = self._client.post(f"/api/{call}", content=data, timeout=max(0.001, timeout_s))
+            response = request if self.blocking else await request
+            answer = orjson.loads(response.content)
+            status = answer["header"]["status"]
+        except httpx.HTTPError as error:
+            what = str(error) or type(error).__name__
+            raise Unavailable(f"no answer from {self._url}: {what}") from error
+        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+            text = f"{self._url} answered {call} with status {response.status_code}"
+            raise Unavailable(f"{text} and no KVCM header; is it a KVCM manager?") from error
+        if status["code"] != "OK":
+            raise error_of(status["code"], status["message"])
+        return dict(answer)
+
+    # ------------------------------------------------------------------------------- instances
+
+    async def register(self, info: InstanceInfo, timeout_s: float) -> InstanceInfo:
+        fields = to_plain(info)
+        body = {"instance_group": info.instance_group_name}
+        for name in ("instance_id", "block_size", "location_spec_infos", "model_deployment"):
+            body[name] = fields[name]
+        body["location_spec_groups"] = fields["location_spec_groups"]
+        answer = await self.post("registerInstance", body, timeout_s)
+        self._storages[info.instance_id] = _storages(answer.get("storage_configs") or "[]")
+        return info
+
+    async def instance(self, instance_id: str, timeout_s: float) -> InstanceInfo:
+        answer = await self.post("getInstanceInfo", {"instance_id": instance_id}, timeout_s)
+        found = _instance_info(answer["instance_info"])
+        return await self.register(found, timeout_s)  # the same again: to be told the storages
+
+    # ----------------------------------------------------------------------------------- reads
+
+    async def match_length(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> int:
+        return len(await self._get(info, "QT_PREFIX_MATCH", keys, timeout_s))
+
+    async def match(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Blocks:
+        locations = await self._get(info, "QT_PREFIX_MATCH", keys, timeout_s)
+        return await self._blocks(info, keys[: len(locations)], locations, timeout_s)
+
+    async def lookup(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Lookup:
+        answers = await self._get(info, "QT_BATCH_GET", keys, timeout_s)
+        found = [any(spec["uri"] for spec in answer["location_specs"]) for answer in answers]
+        flags = np.array(found, np.bool_)
+        present = [answer for answer, hit in zip(answers, found, strict=True) if hit]
+        return Lookup(flags, await self._blocks(info, keys[flags], present, timeout_s))
+
+    async def _get(self, info: InstanceInfo, query: str, keys: Keys, timeout_s: float) -> Sequence[Json]:
+        if not len(keys):
+            return []  # the protocol refuses a query of no keys
+        body = {"instance_id": info.instance_id, "query_type": query, "block_keys": keys}
+        answer = await self.post("getCacheLocation", body, timeout_s)
+        return list(answer["locations"])
+
+    # ---------------------------------------------------------------------------------- writes
+
+    async def start_write(
+        self,
+        info: InstanceInfo,
+        keys: Keys,
+        lease_s: float,
+        spec_groups: tuple[str, ...],
+        timeout_s: float,
+    ) -> WritePlan:
+        if not len(keys):
+            return WritePlan(new_id(), np.zeros(0, np.bool_), no_blocks(), time.monotonic())
+        begin_s = time.monotonic()
+        seconds = max(1, int(lease_s))  # the protocol counts whole seconds
+        body = {
+            "instance_id": info.instance_id,
+            "block_keys": keys,
+            "write_timeout_seconds": seconds,
+            "location_spec_group_names": spec_groups,
+        }
+        answer = await self.post("startWriteCache", body, timeout_s)
+        exists = _exists(answer["block_mask"], len(keys))
+        blocks = await self._blocks(info, keys[~exists], answer["locations"], timeout_s)
+        deadline_s = begin_s + min(lease_s, seconds)
+        return WritePlan(answer["write_session_id"], exists, blocks, deadline_s)
+
+    async def finish_write(
+        self, info: InstanceInfo, session_id: str, success: BlockMask, timeout_s: float
+    ) -> WriteFinished:
+        if success.offset is not None:
+            mask: Json = {"offset": success.offset}
+        else:
+            mask = {"bool_masks": {"values": success.values}}
+        body = {
+            "instance_id": info.instance_id,
+            "write_session_id": session_id,
+            "success_blocks": mask,
+        }
+        await self.post("finishWriteCache", body, timeout_s)
+        good = success.offset if success.offset is not None else sum(success.values or ())
+        return WriteFinished(good, len(success.values or ()) - good if success.values else 0)
+
+    async def remove(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Removed:
+        if len(keys):
+            body = {"instance_id": info.instance_id, "block_keys": keys}
+            await self.post("removeCache", body, timeout_s)
+        return Removed(-1)
+
+    async def trim(self, info: InstanceInfo, what: TrimInstance, timeout_s: float) -> Removed:
+        body: Json = {"instance_id": info.instance_id, "strategy": "TS_REMOVE_ALL_CACHE"}
+        if what.drop_sessions:
+            body["strategy"] = "TS_REMOVE_ALL_META"
+        elif what.begin_s or what.end_s < 2**32 - 1:
+            end_s = min(what.end_s, 2**31 - 1)
+            body |= {"begin_timestamp": what.begin_s, "end_timestamp": end_s}
+            body["strategy"] = "TS_TIMESTAMP"
+        await self.post("trimCache", body, timeout_s)
+        return Removed(-1)
+
+    # ------------------------------------------------------------------------------- locations
+
+    async def _blocks(
+        self, info: InstanceInfo, keys: Keys, locations: Sequence[Json], timeout_s: float
+    ) -> Blocks:
+        """The locations of an answer, one for each of `keys`, as numbers.
+
+        A segment that is not to be found from here is left out of ``segments``: its blocks are
+        misses.
+        """
+        if len(keys) != len(locations):
+            raise Unavailable(f"{self._url} gave {len(locations)} locations for {len(keys)} blocks")
+        uris = [parse_uri(location["location_specs"][0]["uri"]) for location in locations]
+        storages = self._storages.get(info.instance_id, {})
+        if any(uri.storage not in storages for uri in uris):  # one that was added meanwhile
+            await self.register(info, timeout_s)
+            storages = self._storages[info.instance_id]
+        numbers = np.zeros((3, len(keys)), np.uint32)
+        segments: dict[int, Segment] = {}
+        for position, uri in enumerate(uris):
+            segment = self._segment(uri, storages)
+            if segment is not None:
+                segments[segment.segment_id] = segment
+            number = _NO_SEGMENT if segment is None else segment.segment_id
+            numbers[:, position] = number, uri.slot, uri.generation
+        return Blocks(keys, BlockLocations(*numbers), segments, storages)
+
+    def _segment(self, uri: ParsedUri, storages: Mapping[str, StorageConfig]) -> Segment | None:
+        directory = uri.path.rpartition("/")[0]
+        found = self._segments.get(directory)
+        if found is None and uri.storage in storages:
+            root = storages[uri.storage].root_path + "/"
+            found, _ = layout.read_description(Path(directory))
+            if found is None or root + found.path != directory:
+                return None
+            self._segments[directory] = found
+        return found
+
+
+def _exists(mask: Json, count: int) -> Flags:
+    values = (mask.get("bool_masks") or {}).get("values")
+    return BlockMask(mask.get("offset"), None if values is None else tuple(values)).covers(count)
+
+
+def _storages(text: str) -> dict[str, StorageConfig]:
+    """The usable ones of a ``storage_configs`` text."""
+    found = {}
+    for entry in orjson.loads(text):
+        name, root = entry["global_unique_name"], entry["storage_spec"].get("root_path", "")
+        if root.startswith(_SHM):
+            found[name] = StorageConfig(name, shm=ShmSpec(root))
+        elif entry["type"] == "file":
+            found[name] = StorageConfig(name, nfs=NfsSpec(root))
+    return found
+
+
+def _instance_info(fields: Json) -> InstanceInfo:
+    for spec in fields["location_spec_infos"]:
+        spec["size"] = int(spec["size"])  # int64 is a string on the wire
+    return from_plain(InstanceInfo, fields)
