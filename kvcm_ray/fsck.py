@@ -3,9 +3,10 @@
 Works beside a running manager: things that look wrong are looked at again after a moment, and only
 what is still wrong (the same block, the same slot) is reported. Changes nothing.
 
-* dangling: a SERVING block whose bytes cannot be read: file missing or short, another block's
-  header, a damaged header, or neither header nor payload.
-* unverified: a SERVING block with a payload and no header, as plain protocol clients write them.
+* dangling: a SERVING block whose bytes are lost: file missing or short, another block's header, a
+  damaged header, or the mark of having been erased.
+* unverified: a SERVING block in a slot that no header was ever written to: plain protocol clients
+  write none. Whether they wrote the bytes they acknowledged, nobody but them can say.
 * orphan bytes: a header or payload in a slot that no run, session or trash record names, and
   segment directories that no index knows.
 """
@@ -388,7 +389,7 @@ def _check_segment(
             findings.notes.append(error.message)
             bad[:] = True
             continue
-        wrong, unsure = _judge(adapter, segment, spec.name, snapshot, of, rows, written, deep)
+        wrong, unsure = _judge(adapter, segment, spec.name, snapshot, of, rows, deep)
         bad |= wrong
         doubtful |= unsure
         _find_orphans(segment, spec.name, rows, written, named, findings)
@@ -403,7 +404,6 @@ def _judge(
     snapshot: _Snapshot,
     of: npt.NDArray[np.intp],
     rows: header.Headers,
-    written: Flags,
     deep: bool,
 ) -> tuple[Flags, Flags]:
     """(dangling, unverified) for each SERVING block of one spec."""
@@ -415,9 +415,8 @@ def _judge(
     size = next(spec.size for spec in segment.specs if spec.name == spec_name)
     good = there & header.matching(mine, segment.tag, spec_name, slots, keys, where.generation, size)
     good &= header.valid(mine, segment.tag, spec_name, slots)
-    has_payload = np.zeros(len(full), np.bool_)
-    has_payload[: len(written)] = written
-    unsure = there & header.empty(mine) & has_payload[where.slot]
+    erased = header.is_erased(mine) & (mine["generation"] == where.generation)
+    unsure = there & header.blank(mine) & ~erased
     if deep:
         good[good] = _verified(adapter, segment, spec_name, where.take(good), keys[good], size)
     return ~good & ~unsure, unsure
@@ -452,7 +451,7 @@ def _find_orphans(
     findings: Findings,
 ) -> None:
     size = next(spec.size for spec in segment.specs if spec.name == spec_name)
-    used = ~header.empty(rows)
+    used = ~header.blank(rows)
     # All written may also mean that the storage cannot tell; then only headers count.
     if size % os.sysconf("SC_PAGE_SIZE") == 0 and not written.all():
         used |= written[: len(rows)]

@@ -63,13 +63,13 @@ def _ceil(number: int, divisor: int) -> int:
 
 
 def _erase_headers(handle: Handle, where: Slots, generations: U32) -> Flags:
-    """Clear the headers that may be cleared; True for each slot that has none afterwards."""
+    """Erase the headers that may be erased; True for each slot that has none afterwards."""
     rows = load_headers(handle, where)
     whole = header.valid(rows, handle.segment.tag, handle.spec_name, where)
     mine: Flags = ~whole | (rows["generation"] == generations)
-    dirty = mine & ~header.empty(rows)
+    dirty = mine & ~header.blank(rows)
     if dirty.any():
-        save_headers(handle, where[dirty], np.zeros(int(dirty.sum()), header.HEADER))
+        save_headers(handle, where[dirty], header.erased(generations[dirty]))
     return mine
 
 

@@ -2,7 +2,9 @@
 
 One header a slot and spec, kept in a file of its own so that payloads stay aligned. A header says
 which key, segment (``tag``), spec and slot it belongs to, which session wrote it (``generation``),
-how long the payload is and what it hashes to. All zeros means that nothing was written.
+how long the payload is and what it hashes to. All zeros means that nothing was ever written; erasing
+leaves a mark that names the erased generation, so that a block whose bytes were erased by mistake can
+be told from one whose writer (a plain protocol client) never wrote a header. Both prove nothing: `blank`.
 
 The payload's checksum is seeded with the block's key, generation and place. So it proves all of
 them at once, even if the header is torn between an old and a new one, and `matching` needs no look
@@ -25,6 +27,7 @@ from kvcm_ray.core.requests import U32, Flags, Keys
 
 HEADER_BYTES = 64
 MAGIC = int.from_bytes(b"KVBH", "little")
+ERASED_MAGIC = int.from_bytes(b"KVBE", "little")
 VERSION = 1
 CRC_OFFSET = 60  #: the CRC covers everything before it
 
@@ -128,6 +131,22 @@ def valid(rows: Headers, tag: int, spec_name: str, slots: Slots) -> Flags:
 def empty(rows: Headers) -> Flags:
     """Which headers are all zeros."""
     return np.asarray(_words(rows).any(axis=1) == 0, np.bool_)
+
+
+def erased(generations: npt.NDArray[Any]) -> Headers:
+    """Marks of erased blocks."""
+    rows: Headers = np.zeros(len(generations), HEADER)
+    rows["magic"], rows["version"], rows["generation"] = ERASED_MAGIC, VERSION, generations
+    return rows
+
+
+def is_erased(rows: Headers) -> Flags:
+    return np.asarray(rows["magic"] == ERASED_MAGIC, np.bool_)
+
+
+def blank(rows: Headers) -> Flags:
+    """Which slots have no header: nothing written, or erased."""
+    return empty(rows) | is_erased(rows)
 
 
 def same(first: Headers, second: Headers) -> Flags:

@@ -250,7 +250,7 @@ class PathStorage(StorageAdapter):
                 self._hold(handle, where, self._writing_locks(handle), LOCK_WAIT_S),
             ):
                 rows = load_headers(handle, where)
-                todo = np.flatnonzero(header.empty(rows))
+                todo = np.flatnonzero(header.blank(rows))
                 step = max(1, SEAL_BYTES // max(1, handle.size))
                 for first in range(0, len(todo), step):
                     part = todo[first : first + step]
@@ -376,7 +376,7 @@ def _erase_older(handle: Handle, where: Slots, generations: U32) -> None:
         SessionNotFound: one of them belongs to a younger session.
     """
     rows = load_headers(handle, where)
-    used = ~header.empty(rows)
+    used = ~header.blank(rows)
     if not used.any():
         return
     whole = header.valid(rows, handle.segment.tag, handle.spec_name, where)

@@ -40,6 +40,7 @@ def fsck(deep: bool, target: Target, as_json: bool) -> int:
         + ("" if api else " (the manager is not running: its counters were not asked)"),
         f"orphans            {human_bytes(report.orphan_bytes)}",
         f"dangling locations {report.dangling_locations}",
+        f"without a header   {report.unverified_locations} (plain protocol clients write none)",
         f"corrupt records    {report.corrupt_records}",
         f"counters           {'ok' if report.counters_ok else 'WRONG'}",
         *report.notes,

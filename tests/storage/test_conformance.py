@@ -265,7 +265,7 @@ def test_delete_takes_slots_without_a_readable_header(lab: Lab) -> None:
     assert lab.storage.written_slots(segment, "tp0").tolist() == [False, True, True] + [False] * 13
     assert lab.delete(segment, [1, 2, 3], generation=44) == 8192
     assert not lab.storage.written_slots(segment, "tp0").any()
-    assert header.empty(lab.storage.raw_headers(segment, "tp0")).all()
+    assert header.blank(lab.storage.raw_headers(segment, "tp0")).all()
 
 
 def test_delete_leaves_neighbours_without_headers_alone(lab: Lab) -> None:

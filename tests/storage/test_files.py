@@ -188,7 +188,7 @@ def test_a_writer_that_dies_leaves_no_header(tmp_path: Path) -> None:
     writer = Lab(Interrupted(tmp_path, die))
     with pytest.raises(KeyboardInterrupt):
         writer.write(segment, {1: block(4096, 2)}, generation=2)
-    assert header.empty(lab.storage.raw_headers(segment, "tp0")).all()
+    assert header.blank(lab.storage.raw_headers(segment, "tp0")).all()
 
 
 def test_a_segment_dropped_during_a_write_is_told(tmp_path: Path) -> None:
