@@ -165,10 +165,10 @@ class PathStorage(StorageAdapter):
             window = self._window(handle, views, where, locked)
 
             def store(piece: Piece) -> None:
-                self._store(handle, views, piece, window)
                 here = slice(piece.begin, piece.end)
                 payloads = views.each(piece.begin, piece.end)
                 sums[here] = header.checksums(payloads, seeds[here])
+                self._store(handle, views, piece, window)
 
             _in_pieces(store, where, size)
             rows = header.build(segment.tag, spec_name, where, keys, generations, size, sums)
