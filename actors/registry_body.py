@@ -203,6 +203,8 @@ class RegistryBody:
     def register_instance(self, info: InstanceInfo) -> InstanceInfo:
         """Register, or find the same registration; returns what is stored.
 
+        The same shape with another `model_deployment.user_data` replaces the user data.
+
         Raises:
             InstanceMismatch: the id is registered with another shape.
             GroupNotFound, InstanceLimitReached: only for an id that is new.
@@ -214,6 +216,9 @@ class RegistryBody:
             self._commit(put=[known])
         elif not known.same_shape(info):
             raise InstanceMismatch(f"instance {info.instance_id!r} is registered with another shape")
+        elif known.model_deployment != info.model_deployment:
+            known = dataclasses.replace(known, model_deployment=info.model_deployment)
+            self._commit(put=[known])
         if known.instance_group_name in self._now.groups:
             self._refresh([known.instance_group_name])
         return known

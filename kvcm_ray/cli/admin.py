@@ -321,7 +321,7 @@ def storage_remove(name: str, force: bool, yes: bool, target: Target, as_json: b
 
 @click.group()
 def instance() -> None:
-    """Instances: registered model configurations. Their shape never changes."""
+    """Instances: registered model configurations. Their shape never changes, only their user data."""
 
 
 def find_instance(api: Api, name: str) -> Json:
@@ -392,6 +392,22 @@ def instance_create(
             model_deployment={"model_name": model_name, "dtype": dtype, "tp_size": len(infos)},
         )
     _done(f"instance {name} registered in group {group}", as_json, name=name)
+
+
+@instance.command("update")
+@click.argument("name")
+@click.option("--user-data", required=True, help="Free text kept with the instance.")
+@target_options
+@json_option
+def instance_update(name: str, user_data: str, target: Target, as_json: bool) -> None:
+    """Change what may change: the user data. Another shape is another instance."""
+    with open_api(target) as api:
+        found = find_instance(api, name)
+        found["model_deployment"] = found.get("model_deployment", {}) | {"user_data": user_data}
+        shape = ("instance_id", "block_size", "location_spec_infos", "location_spec_groups")
+        same = {field: found[field] for field in (*shape, "model_deployment")}
+        api.call("registerInstance", instance_group=found["instance_group_name"], **same)
+    _done(f"instance {name} updated", as_json, name=name)
 
 
 @instance.command("remove")

@@ -15,7 +15,7 @@ import click
 
 from kvcm_ray.cli import admin, bench, demo, fsck, lifecycle, replay, status
 from kvcm_ray.cli.output import EXIT_FAILED, EXIT_OK, EXIT_USAGE, fail
-from kvcm_ray.errors import KvcmError
+from kvcm_ray.errors import KvcmError, Unsupported
 
 EXIT_INTERRUPTED = 130
 
@@ -61,6 +61,11 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `kvcm ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("kvcm_ray"):
+            raise
+        missing = f"this command needs {error.name}: pip install 'kvcm-ray[serve]'"
+        return fail(Unsupported(missing), as_json)
     except Exception as error:
         if os.environ.get("KVCM_DEBUG"):
             traceback.print_exc()

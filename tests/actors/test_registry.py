@@ -18,6 +18,7 @@ from kvcm_ray.core.model import (
     InstanceGroup,
     LocationSpecGroup,
     LocationSpecInfo,
+    ModelDeployment,
     MooncakeSpec,
     NfsSpec,
     StorageConfig,
@@ -119,6 +120,10 @@ def test_instances(registry: RegistryBody) -> None:
     assert registry.register_instance(elsewhere) == stored
     with pytest.raises(InstanceMismatch):
         registry.register_instance(dataclasses.replace(info, block_size=8))
+    noted = dataclasses.replace(info.model_deployment or ModelDeployment(), user_data="noted")
+    changed = registry.register_instance(dataclasses.replace(info, model_deployment=noted))
+    assert changed == dataclasses.replace(stored, model_deployment=noted)
+    assert registry.get_instance("one") == changed
     registry.remove_instance("one")
     assert registry.register_instance(info).uid != stored.uid
 

@@ -82,6 +82,9 @@ def test_instances_from_birth_to_death(kvcm: Kvcm) -> None:
     rows = kvcm("instance", "list", "--json").json["instances"]
     assert "m1" in [i["instance_id"] for i in rows]
     assert "8.0 KiB" in kvcm("instance", "list").out
+    assert kvcm("instance", "update", "m1", "--user-data", "team a").code == 0
+    assert kvcm("instance", "show", "m1", "--json").json["model_deployment"]["user_data"] == "team a"
+    assert kvcm("instance", "update", "nobody", "--user-data", "x").code == 1
     assert kvcm("instance", "remove", "m1", "--yes").code == 0
     assert kvcm("instance", "show", "m1").code == 1
     assert kvcm("instance", "create", "m2", "--block-size", "16", "--spec", "4KiB").code == 2
