@@ -160,11 +160,11 @@ class GroupEngine:
         self._drop_unknown_segments(info)
 
     def try_open_instance(self, info: InstanceInfo) -> None:
-        """`open_instance`, but an error only makes the instance's requests fail with it."""
+        """`open_instance`, but an error, whatever it is, only makes the instance's requests fail."""
         try:
             self.open_instance(info)
-        except KvcmError as error:
-            self._set_broken(info, error)
+        except Exception as error:
+            self._set_broken(info, error if isinstance(error, KvcmError) else _internal(error))
 
     def drop_instance(self, info: InstanceInfo) -> None:
         """Forget an instance, remove its segments, then its index directory. Idempotent.
@@ -213,7 +213,8 @@ class GroupEngine:
         return answers
 
     def tick(self, now: Now | None = None) -> KvcmError | None:
-        """Expire sessions whose deadline is reached; the error is a commit's."""
+        """Expire sessions whose deadline is reached, a bounded number in one commit; the error is
+        the commit's. ``state.next_session_ms`` tells whether there are more."""
         return self._event(Tick((now or Now.read()).ms))
 
     def confirm_deletes(
@@ -222,6 +223,7 @@ class GroupEngine:
         """The bytes of these trash records are gone. An instance that is gone too is no error."""
         if instance_id not in self._infos:
             return None
+        self._mend(instance_id, trash_ids)
         return self._event(DeletesConfirmed(instance_id, trash_ids, (now or Now.read()).ms))
 
     def due_trash(self, limit: int = 64, now: Now | None = None) -> list[TrashRecord]:
@@ -251,11 +253,15 @@ class GroupEngine:
     # --------------------------------------------------------------------------------- internals
 
     def _event(self, event: Event) -> KvcmError | None:
+        touched: set[str] = set()
+
         def handle(txn: Transaction) -> list[Reply | KvcmError]:
-            txn.perform(self.state.handle(event).effects)
+            effects = self.state.handle(event).effects
+            touched.update(effect.instance_id for effect in effects)
+            txn.perform(effects)
             return []
 
-        return None if self._transact(handle, set(self._infos)) is not None else self._failure
+        return None if self._transact(handle, touched) is not None else self._failure
 
     def _answer_all(
         self, requests: Sequence[Request], now: Now, names: set[str]
@@ -306,6 +312,20 @@ class GroupEngine:
         owner = SegmentOwner(self.group.name, instance_id, info.uid)
         self.adapter(segment.storage).create_segment(segment, owner)
 
+    def _mend(self, instance_id: str, trash_ids: tuple[int, ...]) -> None:
+        """Make files anew that vanished from below slots about to be free, or nobody could ever
+        write there again."""
+        records = self.state.ledger.trash.records
+        known = [records[instance_id, i] for i in trash_ids if (instance_id, i) in records]
+        for segment_id in {i for record in known for i in set(record.locations.segment.tolist())}:
+            segment = self._segments[instance_id][segment_id]
+            try:
+                if problem := self.adapter(segment.storage).check_segment(segment):
+                    self._create_segment(instance_id, segment)
+                    log.warning("instance %s: %s; made anew, empty", instance_id, problem)
+            except KvcmError as error:
+                log.warning("instance %s: segment %d: %s", instance_id, segment_id, error)
+
     def _rebuild(self, error: KvcmError, names: set[str]) -> None:
         """Make the state of these instances again from what is committed."""
         if isinstance(error, Fenced):
@@ -314,8 +334,8 @@ class GroupEngine:
         for info in [info for name, info in self._infos.items() if name in names]:
             try:
                 self._load(info)
-            except KvcmError as again:
-                self._set_broken(info, again)
+            except Exception as again:
+                self._set_broken(info, again if isinstance(again, KvcmError) else _internal(again))
 
     def _load(self, info: InstanceInfo) -> None:
         recovered = self._writers[info.instance_id].recover()

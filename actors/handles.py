@@ -11,6 +11,7 @@ Handles are thread-safe, have an async and a blocking form, and need a connected
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import threading
 import time
@@ -27,6 +28,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from kvcm_ray.actors.names import NAMESPACE, REGISTRY, group_actor_name
 from kvcm_ray.core.requests import Reply, Request
 from kvcm_ray.errors import Fenced, GroupNotFound, KvcmError, Unavailable
+
+log = logging.getLogger(__name__)
 
 TIMEOUT_S = 10.0
 CALLS_IN_FLIGHT_MAX = 4
@@ -320,4 +323,6 @@ def _cause(error: RayTaskError) -> KvcmError:
         return cause
     if isinstance(error, KvcmError):
         return error
-    return KvcmError(f"an actor failed: {error}")
+    log.error("an actor failed", exc_info=error)
+    what = f"{type(cause).__name__}: {cause}" if cause is not None else str(error).splitlines()[-1]
+    return KvcmError(f"an actor failed: {what}")

@@ -17,6 +17,8 @@ from kvcm_ray.actors.names import NAMESPACE
 from kvcm_ray.errors import Unavailable, Unsupported
 
 _lock = threading.Lock()
+#: Data directory and manager id of the manager whose Ray this process joined, if it did so here.
+_joined: tuple[str, str] | None = None
 
 
 def manager_facts(data_dir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -33,12 +35,21 @@ def manager_facts(data_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
 def join_data_dir(data_dir: str | os.PathLike[str]) -> None:
     """`join` the manager that runs on a data directory of this machine."""
+    global _joined
     facts = manager_facts(data_dir)
-    join(facts["ray_address"], auth_mode=facts.get("ray_auth_mode", "token"))
+    if join(facts["ray_address"], auth_mode=facts.get("ray_auth_mode", "token")):
+        _joined = str(paths.resolve(data_dir)), facts.get("manager_id", "")
 
 
-def join(ray_address: str, *, auth_mode: str = "token") -> None:
-    """Connect this process to the Ray cluster, unless it is connected to one already.
+def joined_manager(data_dir: str | os.PathLike[str]) -> str:
+    """Id of the manager of a data directory whose Ray this process joined; "" if it did not."""
+    if _joined is not None and _joined[0] == str(paths.resolve(data_dir)):
+        return _joined[1]
+    return ""
+
+
+def join(ray_address: str, *, auth_mode: str = "token") -> bool:
+    """Connect this process to the Ray cluster, unless it is connected to one already (False).
 
     Raises:
         Unavailable: nothing answers there, or it refuses this user's token.
@@ -51,7 +62,7 @@ def join(ray_address: str, *, auth_mode: str = "token") -> None:
         raise Unsupported("this needs Ray: pip install 'kvcm-ray[ray]', or use the URL") from error
     with _lock:
         if ray.is_initialized():
-            return
+            return False
         _apply_auth_mode()
         try:
             ray.init(
@@ -60,6 +71,7 @@ def join(ray_address: str, *, auth_mode: str = "token") -> None:
             )  # fmt: skip
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise Unavailable(f"cannot join the Ray cluster at {ray_address}: {error}") from error
+    return True
 
 
 def _apply_auth_mode() -> None:

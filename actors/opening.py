@@ -1,8 +1,8 @@
 """Opening the index of an instance, whatever state a crash or another boot left it in.
 
 An index that cannot be trusted after another boot is set aside by `IndexWriter` itself; one that is
-damaged is set aside here. Either way the new index is filled from the block headers of the file tiers,
-so the worst that damage costs is the blocks of shared memory.
+damaged, or whose folder or identity vanished though there are segments, is set aside here. Either way
+the new index is filled from block headers, so damage costs no block that its storage still holds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from kvcm_ray.core.model import Durability, InstanceInfo
 from kvcm_ray.errors import Corrupt
 from kvcm_ray.index import IndexWriter
-from kvcm_ray.index.boot import set_aside
+from kvcm_ray.index.boot import read_identity, set_aside
 from kvcm_ray.index.rebuild import rebuild
 from kvcm_ray.storage_adapters import StorageAdapter
 
@@ -35,6 +35,9 @@ def open_instance_index(
     """
     tag = f"{info.instance_id}/{info.uid}"
     try:
+        if read_identity(path) is None and _has_segments(adapters, info):
+            log.error("instance %s: its index at %s is gone; rebuilding it", info.instance_id, path)
+            set_aside(path)  # whatever is left; an index beside that folder is rebuilt
         writer = IndexWriter(path, instance_tag=tag, durability=durability)
     except Corrupt as error:
         log.error("instance %s: %s; rebuilding it from block headers", info.instance_id, error)
@@ -43,3 +46,11 @@ def open_instance_index(
     if writer.needs_rebuild:
         rebuild(writer, adapters, info, int(time.time()))
     return writer
+
+
+def _has_segments(adapters: Mapping[str, StorageAdapter], info: InstanceInfo) -> bool:
+    return any(
+        found.owner is not None and found.owner.uid == info.uid
+        for adapter in adapters.values()
+        for found in adapter.list_segments()
+    )

@@ -41,6 +41,7 @@ class ReclaimerBody:
         Returns the ids that need no more erasing, and what went wrong with the first other one ("" if
         nothing). Ids without a record, and all ids of an index that is gone, need none.
         """
+        self._forget_gone()
         reader = self._reader(index_path)
         if reader is None:
             return list(trash_ids), ""
@@ -82,6 +83,11 @@ class ReclaimerBody:
             except NotFound:
                 return None
         return reader
+
+    def _forget_gone(self) -> None:
+        """An open index keeps its disk space, also when its instance was removed."""
+        for path in [p for p in self._readers if not Path(p).exists()]:
+            self._readers.pop(path).close()
 
     def _adapter(self, storage: str) -> StorageAdapter | None:
         config = self._view.storages().get(storage)

@@ -94,6 +94,8 @@ class Registry:
     def call(self, event_id: str, method: str, *args: Any) -> Any:
         """One of `RegistryBody`'s public methods. Raises `KvcmError`."""
         result = self._body.call(event_id, method, *args)
+        if method == "remove_group":
+            self._sweep_groups()  # its actor may have been dead
         if method == "describe":
             return {**result, **_node_facts()}
         return result

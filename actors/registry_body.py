@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from kvcm_ray.actors import paths, snapshot
 from kvcm_ray.actors.passwords import hash_password
 from kvcm_ray.actors.registry_store import Contents, Record, RegistryStore
-from kvcm_ray.actors.validate import check_group, check_instance, check_name, check_storage
+from kvcm_ray.actors.validate import check_apart, check_group, check_instance, check_name, check_storage
 from kvcm_ray.core.model import (
     Account,
     AccountRole,
@@ -34,6 +34,7 @@ from kvcm_ray.errors import (
     InstanceMismatch,
     InstanceNotFound,
     InUse,
+    KvcmError,
     StorageIOError,
     StorageNotFound,
     VersionConflict,
@@ -105,6 +106,7 @@ class RegistryBody:
         check_storage(config)
         if config.global_unique_name in self._now.storages:
             raise AlreadyExists(f"storage {config.global_unique_name!r} exists")
+        check_apart(config, self._now.storages.values())
         _open_root(config)
         self._commit(put=[dataclasses.replace(config, is_available=True)])
         self._refresh(self._now.groups)
@@ -116,6 +118,7 @@ class RegistryBody:
         known = self._storage(config.global_unique_name)
         if config.root_path != known.root_path and not force and _holds_segments(known):
             raise InUse(f"storage {known.global_unique_name!r} holds blocks below {known.root_path}")
+        check_apart(config, self._now.storages.values())
         _open_root(config)
         self._commit(put=[dataclasses.replace(config, is_available=known.is_available)])
         self._refresh(self._now.groups)
@@ -215,7 +218,9 @@ class RegistryBody:
             known = self._new_instance(info)
             self._commit(put=[known])
         elif not known.same_shape(info):
-            raise InstanceMismatch(f"instance {info.instance_id!r} is registered with another shape")
+            raise InstanceMismatch(
+                f"instance {info.instance_id!r} is registered with another shape: {known.difference(info)}"
+            )
         elif known.model_deployment != info.model_deployment:
             known = dataclasses.replace(known, model_deployment=info.model_deployment)
             self._commit(put=[known])
@@ -333,8 +338,14 @@ class RegistryBody:
         self._now = self._store.read()
 
     def _refresh(self, groups: Iterable[str]) -> None:
+        problems: list[KvcmError] = []
         for name in list(groups):
-            self._control.refresh(name)
+            try:
+                self._control.refresh(name)
+            except KvcmError as error:  # the other groups need to know all the same
+                problems.append(error)
+        if problems:
+            raise problems[0]
 
 
 def _open_root(config: StorageConfig) -> None:

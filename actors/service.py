@@ -33,6 +33,7 @@ INBOX_REQUESTS_MAX = 65_536
 BATCH_REQUESTS_MAX = 1_024
 TRASH_PER_CALL_MAX = 16
 TRASH_IN_FLIGHT_MAX = 64
+FAILED_PAUSE_MS = 100  #: before trying again what a commit failed for, on a full disk say
 
 Answers = list[Reply | KvcmError]
 #: (ids that are erased, what went wrong with the others or "")
@@ -83,6 +84,9 @@ class GroupService:
         self._on_end = on_end
         self._inbox: queue.SimpleQueue[_Job | _Submit | None] = queue.SimpleQueue()
         self._waiting = 0
+        self._waiting_lock = threading.Lock()
+        self._expire_after_ms = 0
+        self._erase_after_ms = 0
         self._in_flight: dict[str, set[int]] = {}
         self._preparer = Preparer()
         self.counters: Counter[str] = Counter()
@@ -100,9 +104,11 @@ class GroupService:
         Raises:
             Unavailable: the inbox is full.
         """
-        if self._waiting + len(requests) > INBOX_REQUESTS_MAX:
-            raise Unavailable(f"group {self.name!r} has {self._waiting} requests waiting already")
-        self._waiting += len(requests)
+        count = len(requests)
+        with self._waiting_lock:
+            if self._waiting + count > INBOX_REQUESTS_MAX:
+                raise Unavailable(f"group {self.name!r} has {self._waiting} requests waiting already")
+            self._waiting += count
         job = _Submit(requests, Future[Answers]())
         self._inbox.put(job)
         return job.future
@@ -154,6 +160,7 @@ class GroupService:
         self._expire()
         while submits:
             self._run_batch(submits)
+            self._expire()
         self._clear_trash()
         if self.engine.fenced:
             self._on_end("a newer incarnation owns the index")
@@ -170,10 +177,13 @@ class GroupService:
 
     def _patience_s(self) -> float | None:
         state = self.engine.state
-        times = [state.next_session_ms()]
-        if self._flying() < TRASH_IN_FLIGHT_MAX:
-            times.append(state.next_trash_ms())
-        due = min((t for t in times if t is not None), default=None)
+        times: list[int] = []
+        if (session_ms := state.next_session_ms()) is not None:
+            times.append(max(session_ms, self._expire_after_ms))
+        trash_ms = state.next_trash_ms()
+        if trash_ms is not None and self._flying() < TRASH_IN_FLIGHT_MAX:
+            times.append(max(trash_ms, self._erase_after_ms))
+        due = min(times, default=None)
         if due is None or self.engine.fenced:
             return None
         return max(due - Now.read().ms, 0) / 1000
@@ -193,7 +203,8 @@ class GroupService:
         while submits and (not batch or len(requests) < BATCH_REQUESTS_MAX):
             batch.append(submits.popleft())
             requests.extend(batch[-1].requests)
-        self._waiting -= len(requests)
+        with self._waiting_lock:
+            self._waiting -= len(requests)
         self._open_new(requests)
         answers = self.engine.submit_batch(requests)
         if self.engine.fenced:
@@ -219,13 +230,17 @@ class GroupService:
     def _expire(self) -> None:
         """Sessions whose deadline is reached, before anybody can finish one of them."""
         now = Now.read()
+        while now.ms >= self._expire_after_ms and self._is_due(now):
+            if self.engine.tick(now) is not None:
+                self._expire_after_ms = now.ms + FAILED_PAUSE_MS
+
+    def _is_due(self, now: Now) -> bool:
         due = self.engine.state.next_session_ms()
-        if due is not None and due <= now.ms:
-            self.engine.tick(now)
+        return due is not None and due <= now.ms
 
     def _clear_trash(self) -> None:
         room = TRASH_IN_FLIGHT_MAX - self._flying()
-        if room > 0 and not self.engine.fenced:
+        if room > 0 and not self.engine.fenced and Now.read().ms >= self._erase_after_ms:
             self._erase(self.engine.due_trash(room))
         for segment in self.engine.take_dropped_segments():
             self._drop_files(segment)
@@ -269,8 +284,8 @@ class GroupService:
         if failed:
             self.counters["erase_failures"] += len(failed)
             self.engine.trash_failed(instance_id, failed)
-        if erased:
-            self.engine.confirm_deletes(instance_id, tuple(erased))
+        if erased and self.engine.confirm_deletes(instance_id, tuple(erased)) is not None:
+            self._erase_after_ms = Now.read().ms + FAILED_PAUSE_MS  # all of it is due again at once
 
     # -------------------------------------------------------------------------------- registry
 
@@ -290,11 +305,14 @@ class GroupService:
             ):
                 self._in_flight.pop(info.instance_id, None)
                 self.engine.drop_instance(info)
-        problems = [self._open(info) for info in registered.values()]
+        told = set(self.engine.broken)
+        for instance_id in told - registered.keys():
+            del self.engine.broken[instance_id]
+        problems = {i.instance_id: self._open(i) for i in registered.values()}
         self._sweep()
-        for problem in problems:
-            if problem is not None:
-                raise problem
+        for instance_id, problem in problems.items():
+            if problem is not None and instance_id not in told:
+                raise problem  # once: what others change must not fail for it again and again
 
     def _open(self, info: Any) -> KvcmError | None:
         self.engine.try_open_instance(info)

@@ -94,7 +94,9 @@ def _instance(info: InstanceInfo, now: Contents, groups: set[str]) -> InstanceIn
     known = now.instances.get(info.instance_id)
     if known is not None:
         if not known.same_shape(info):
-            raise InstanceMismatch(f"instance {info.instance_id!r} is registered with another shape")
+            raise InstanceMismatch(
+                f"instance {info.instance_id!r} is registered with another shape: {known.difference(info)}"
+            )
         return None
     if info.instance_group_name not in groups:
         raise InvalidArgument(

@@ -6,6 +6,9 @@ with no registered candidate is refused when it comes.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+
 from kvcm_ray.core.limits import NAME_BYTES_MAX, SPEC_BYTES_MAX, SPECS_PER_INSTANCE_MAX
 from kvcm_ray.core.model import (
     CachePreferStrategy,
@@ -52,6 +55,28 @@ def check_storage(config: StorageConfig) -> None:
         )
     if not config.root_path.startswith("/"):
         raise InvalidArgument(f"storage {name!r}: {config.root_path!r} is not an absolute path")
+    if any(ord(c) < 32 or c in "\x7f?" for c in config.root_path):
+        raise InvalidArgument(
+            f"storage {name!r}: path {config.root_path!r} has a character that a location URI cannot carry"
+        )
+
+
+def check_apart(config: StorageConfig, others: Iterable[StorageConfig]) -> None:
+    """Two storages in one directory would each take the other's blocks for leftovers.
+
+    Raises:
+        InvalidArgument: the root is that of another storage, or one of them lies within the other.
+    """
+    own = os.path.normpath(config.root_path)
+    for other in others:
+        theirs = os.path.normpath(other.root_path)
+        if other.global_unique_name == config.global_unique_name or not other.root_path:
+            continue
+        if os.path.commonpath([own, theirs]) in (own, theirs):
+            raise InvalidArgument(
+                f"storage {config.global_unique_name!r}: {config.root_path} overlaps "
+                f"{other.root_path} of storage {other.global_unique_name!r}; give each a directory of its own"
+            )
 
 
 def _missing_fields(config: StorageConfig) -> list[str]:

@@ -53,14 +53,19 @@ class KvcmError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.message, self.details)
 
+    @property
+    def remedy(self) -> str:
+        """What to do about this one: ``details["hint"]`` if it was raised with one, else `hint`."""
+        return str(self.details.get("hint", self.hint))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form, as printed by ``kvcm --json``."""
         return {
             "code": self.code,
             "error": type(self).__name__,
             "message": self.message,
-            "hint": self.hint,
-            "details": self.details,
+            "hint": self.remedy,
+            "details": {name: value for name, value in self.details.items() if name != "hint"},
         }
 
 
@@ -113,6 +118,7 @@ class AccountNotFound(NotFound):
     """No account of that name exists."""
 
     code = "KVCM-N005"
+    hint = "listAccount shows the names."
 
 
 class Conflict(KvcmError):

@@ -109,12 +109,14 @@ def build_app(backend: Backend, metrics: Metrics) -> HotPath:
             _route(service, endpoint),
             methods=["POST"],
             name=endpoint.rpc,
+            summary=endpoint.rpc,
             tags=["admin" if endpoint.admin else "meta"],
             openapi_extra=operation(endpoint),
         )
-    for path in ("/healthz", "/healthz/ready"):
-        rest.add_api_route(path, _ready(backend), methods=["GET"], name="ready", tags=["health"])
-    rest.add_api_route("/healthz/live", _live, methods=["GET"], name="live", tags=["health"])
+    ready = _ready(backend)
+    for path, state in (("/healthz", ready), ("/healthz/ready", ready), ("/healthz/live", _live)):
+        rest.add_api_route(path, state, methods=["GET"], name=state.__name__, tags=["health"])
+        rest.add_api_route(path, state, methods=["HEAD"], include_in_schema=False)  # load balancers
     return HotPath(service, rest)
 
 

@@ -11,12 +11,14 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from kvcm_ray.actors.view import RegistryView
+from kvcm_ray.core.mask import BlockMask
 from kvcm_ray.core.model import InstanceGroup, InstanceInfo, StorageConfig
 from kvcm_ray.core.requests import Keys, Reply, Request, Touch
 from kvcm_ray.errors import (
@@ -28,6 +30,7 @@ from kvcm_ray.errors import (
 )
 from kvcm_ray.index import IndexReader
 from kvcm_ray.serve_app.locations import LocationEncoder
+from kvcm_ray.serve_app.sealing import Sealer
 
 TOUCH_KEYS_MAX = 262_144  #: found blocks in one report; lookups beyond them are not reported
 TOUCH_PERIOD_S = 0.05
@@ -54,6 +57,7 @@ class Backend(ABC):
 
     def __init__(self, view: RegistryView) -> None:
         self.view = view
+        self.sealer = Sealer()
         self._readers: dict[str, IndexReader] = {}
         self._checked_at: dict[str, float] = {}
         self._encoders: dict[str, LocationEncoder] = {}
@@ -111,6 +115,13 @@ class Backend(ABC):
         if group is None:
             raise GroupNotFound(f"no instance group is named {name!r}")
         return group
+
+    async def seal(
+        self, info: InstanceInfo, session_id: str, success: BlockMask, storages: Mapping[str, StorageConfig]
+    ) -> None:
+        """Write the headers that successful blocks of a session still lack; see `sealing`."""
+        with suppress(Unavailable):  # no index yet: no session either
+            await self.sealer.seal(self.reader(info), self.encoder(info), storages, session_id, success)
 
     def encoder(self, info: InstanceInfo) -> LocationEncoder:
         encoder = self._encoders.get(info.uid)

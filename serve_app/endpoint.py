@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 TRACE_SUFFIX = "__kvcm_need_span_tracer"
 VALIDATION = "missing or invalid fields: "
+MESSAGE_MAX = 1000  #: characters of a reason
 
 #: The protocol's own words for some failures; ours follow as a second reason.
 _PEER_REASONS: dict[type[KvcmError], str] = {
@@ -129,7 +130,7 @@ class Service:
     def _status(self, endpoint: Endpoint, error: KvcmError | None) -> bytes:
         if error is not None:
             code = _admin_code(error) if endpoint.admin else ErrorCode[error.wire]
-            return encode(Status(code, _failure_text(endpoint, error)))
+            return encode(Status(code, _failure_text(endpoint, error, _told(error, code))))
         known = self._ok.get(endpoint.rpc)
         if known is None:
             known = self._ok[endpoint.rpc] = encode(Status(ErrorCode.OK, endpoint.ok))
@@ -167,13 +168,25 @@ def _admin_code(error: KvcmError) -> ErrorCode:
     return ErrorCode.INTERNAL_ERROR
 
 
-def _failure_text(endpoint: Endpoint, error: KvcmError) -> str:
+def _failure_text(endpoint: Endpoint, error: KvcmError, told: str) -> str:
     if error.message.startswith(VALIDATION):
         return error.message
     if endpoint.admin:
-        return f"{endpoint.failure} : {error.message}" if endpoint.failure else error.message
+        return f"{endpoint.failure} : {told}" if endpoint.failure else told
     if isinstance(error, InstanceNotFound) or not endpoint.failure:
-        return error.message
+        return told
     peer_reason = error.details.get("peer_reason") or _PEER_REASONS.get(type(error))
-    reasons = [r for r in (peer_reason, error.message) if r]
+    reasons = [r for r in (peer_reason, told) if r]
     return f"{endpoint.failure} : " + dumps({"error_msg": reasons}).decode()
+
+
+def _told(error: KvcmError, code: ErrorCode) -> str:
+    """The message; where the protocol's code does not tell what is wrong, ours stands at its end.
+
+    A message may quote what was sent; it is cut, or it could be as long as the request.
+    """
+    text = error.message
+    if len(text) > MESSAGE_MAX:
+        text = f"{text[:MESSAGE_MAX]}..."
+    vague = code == ErrorCode.INTERNAL_ERROR and error.code != KvcmError.code
+    return f"{text} ({error.code})" if vague else text

@@ -154,14 +154,15 @@ def _started_tail(call: Call, started: WriteStarted) -> bytes:
 async def finish_write_cache(call: Call) -> dict[str, Any]:
     request: m.FinishWriteCacheRequest = call.request
     require("FinishWriteCache", request, "write_session_id", "success_blocks")
-    mask = request.success_blocks or m.BlockMask()
+    mask = (request.success_blocks or m.BlockMask()).to_core()
+    await call.backend.seal(call.instance, request.write_session_id, mask, call.storages)
     await call.backend.call(
         call.instance,
         FinishWrite(
             event_id=secrets.token_hex(16),
             instance_id=call.instance.instance_id,
             session_id=request.write_session_id,
-            success=mask.to_core(),
+            success=mask,
         ),
     )
     return {}

@@ -59,7 +59,7 @@ class LocationEncoder:
         """Which locations lie in a segment that we know, on one of these storages."""
         flags = np.ones(len(locations), np.bool_)
         for start, stop, segment_id in runs(locations.segment.tolist()):
-            segment = self._segment(segment_id, source)
+            segment = self.segment(segment_id, source)
             flags[start:stop] = segment is not None and segment.storage in storages
         return flags
 
@@ -73,7 +73,7 @@ class LocationEncoder:
         """The locations before the first that nobody can read, and how many these are."""
         parts: list[bytes] = []
         for start, stop, segment_id in runs(locations.segment.tolist()):
-            segment = self._segment(segment_id, source)
+            segment = self.segment(segment_id, source)
             storage = storages.get(segment.storage) if segment else None
             if segment is None or storage is None or not storage.is_available:
                 return b",".join(parts), start
@@ -81,7 +81,8 @@ class LocationEncoder:
             parts.append(_fill(pieces, locations.slot[start:stop], locations.generation[start:stop]))
         return b",".join(parts), len(locations)
 
-    def _segment(self, segment_id: int, source: SegmentSource) -> Segment | None:
+    def segment(self, segment_id: int, source: SegmentSource) -> Segment | None:
+        """A segment by its number, remembered: a segment never changes."""
         known = self._segments.get(segment_id)
         if known is None:
             known = source(segment_id)
@@ -109,7 +110,7 @@ class LocationEncoder:
             if segment_id < 0:
                 parts.append(b",".join([empty] * (stop - start)))
                 continue
-            segment = self._segment(segment_id, source)
+            segment = self.segment(segment_id, source)
             assert segment is not None, "callers ask `usable` first"
             pieces = self._pieces_of(segment, storages[segment.storage], spec_names)
             slots, generations = locations.slot[start:stop], locations.generation[start:stop]

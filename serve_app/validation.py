@@ -25,6 +25,7 @@ from kvcm_ray.serve_app import messages as m
 from kvcm_ray.serve_app.protojson import plan, strip_optional
 
 _URI_SYNTAX = set("@?&:/#= ")  #: what clients split URIs at; they decode nothing
+_URI_SYNTAX_OF_PATHS = set("@?")
 
 
 def missing(*groups: str) -> InvalidArgument:
@@ -128,6 +129,8 @@ def check_storage(config: StorageConfig) -> None:
     if bad := sorted(set(config.global_unique_name) & _URI_SYNTAX):
         name = config.global_unique_name
         raise InvalidArgument(f"global_unique_name {name!r}: location URIs cannot carry {bad[0]!r}")
+    if bad := sorted(set(config.root_path) & _URI_SYNTAX_OF_PATHS):
+        raise InvalidArgument(f"path {config.root_path!r}: location URIs cannot carry {bad[0]!r}")
 
 
 # --------------------------------------------------------------------------------------- groups

@@ -134,6 +134,24 @@ class StorageAdapter(abc.ABC):
             InvalidArgument, StorageFull, StorageIOError.
         """
 
+    def sealed(self, segment: Segment, spec_name: str, slots: U32, keys: Keys, generations: U32) -> Flags:
+        """Which slots carry a header of this key and generation; False for all if the segment is gone.
+
+        Looks at headers only: quick, takes no lock, and says nothing about payloads.
+
+        Raises:
+            InvalidArgument, StorageIOError.
+        """
+        where = np.asarray(slots, np.int64)
+        size = next(spec.size for spec in segment.specs if spec.name == spec_name)
+        try:
+            rows = self.raw_headers(segment, spec_name)
+        except SegmentMissing:
+            return np.zeros(len(where), np.bool_)
+        found = where < len(rows)
+        rows = rows[np.where(found, where, 0)] if len(rows) else np.zeros(len(where), header.HEADER)
+        return found & header.matching(rows, segment.tag, spec_name, where, keys, generations, size)
+
     @abc.abstractmethod
     def delete(self, segment: Segment, slots: U32, generations: U32) -> int:
         """Erase headers, then payloads, of all specs; returns the payload bytes given back.

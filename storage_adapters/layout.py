@@ -112,7 +112,7 @@ def find(root: Path) -> Iterator[FoundSegment]:
     """Every segment directory below `root`, in path order."""
     for place, directories, files in os.walk(root):
         directories.sort()
-        if not any(f == DESCRIPTION or f.endswith((".hdr", ".dat")) for f in files):
+        if not any(f == DESCRIPTION or f.endswith(".hdr") for f in files):  # others have *.dat, too
             continue
         directories.clear()
         directory = Path(place)

@@ -15,7 +15,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from kvcm_ray.storage_adapters.ranges import Piece, Slots
 log = logging.getLogger(__name__)
 
 LOCK_WAIT_S = 1.0
+DROP_WAIT_S = 0.1  #: dropping a segment happens in a group's loop
 LOG_EVERY_S = 60.0
 SEAL_BYTES = 8 << 20  #: payload read at a time to seal it
 
@@ -98,9 +99,25 @@ class PathStorage(StorageAdapter):
 
     def drop_segment(self, segment: Segment) -> int:
         with self._errors(segment, 0):
-            freed = layout.drop(Path(self.root), segment)
+            freed = layout.stored_bytes(Path(self.root) / segment.path)
+            self._give_back(segment)
+            layout.drop(Path(self.root), segment)
         self._handles.forget(segment)
         return freed
+
+    def _give_back(self, segment: Segment) -> None:
+        """Free the payload now: others may have the files open, and keep them, for a long time."""
+        deadline = time.monotonic() + DROP_WAIT_S
+        for spec in segment.specs:
+            with (
+                suppress(SegmentMissing),
+                self._handles.use(segment, spec.name) as handle,
+                handle.locked(
+                    0, segment.slots, exclusive=True, wait_s=deadline - time.monotonic()
+                ) as alone,
+            ):
+                if alone:
+                    system.punch(handle.data, 0, segment.slots * handle.size)
 
     def check_segment(self, segment: Segment) -> str:
         for spec in segment.specs:
@@ -262,6 +279,15 @@ class PathStorage(StorageAdapter):
         except SegmentMissing as error:
             self._log_once(segment, error)
         return sealed
+
+    def sealed(self, segment: Segment, spec_name: str, slots: U32, keys: Keys, generations: U32) -> Flags:
+        where = _checked(segment, slots, keys, generations, None)
+        try:
+            with self._errors(segment, 0), self._handles.use(segment, spec_name) as handle:
+                rows = load_headers(handle, where)
+                return header.matching(rows, segment.tag, spec_name, where, keys, generations, handle.size)
+        except SegmentMissing:
+            return np.zeros(len(where), np.bool_)
 
     def delete(self, segment: Segment, slots: U32, generations: U32) -> int:
         where = _checked(segment, slots, None, generations, None)

@@ -27,8 +27,12 @@ def _done(text: str, as_json: bool, **data: Any) -> None:
 
 
 def _confirm(what: str, yes: bool) -> None:
-    if not yes:
+    if yes:
+        return
+    try:
         click.confirm(f"Remove {what}?", abort=True, err=True)
+    except click.Abort:  # "no", or there is nobody to ask
+        raise click.ClickException(f"{what} stays; --yes removes it without a question") from None
 
 
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")

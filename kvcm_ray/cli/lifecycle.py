@@ -14,7 +14,7 @@ import click
 
 from kvcm_ray.cli.output import EXIT_OK, emit, json_option, note
 from kvcm_ray.client.connect import DATA_DIR
-from kvcm_ray.errors import Unsupported
+from kvcm_ray.errors import InvalidArgument, Unsupported
 
 PORT = 6382
 
@@ -61,6 +61,10 @@ def up(
     kvcm up --data-dir ./kvcm-data --tier shm:1GiB --tier file:20GiB
     """
     cluster = _cluster()
+    try:
+        cluster.parse_tiers(tiers, data_dir)
+    except InvalidArgument as error:
+        raise click.BadParameter(error.message, param_hint="--tier") from error
     note(f"starting a manager on {data_dir} ...")
     if detach:
         manager = cluster.up_detached(data_dir, port, tiers, host, replicas=replicas)

@@ -6,6 +6,7 @@ found problems, 130 interrupted. A stack trace is shown only with KVCM_DEBUG=1.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -15,7 +16,7 @@ import click
 
 from kvcm_ray.cli import admin, bench, demo, fsck, lifecycle, replay, status
 from kvcm_ray.cli.output import EXIT_FAILED, EXIT_OK, EXIT_USAGE, fail
-from kvcm_ray.errors import KvcmError, Unsupported
+from kvcm_ray.errors import InvalidArgument, KvcmError, Unsupported
 
 EXIT_INTERRUPTED = 130
 
@@ -24,6 +25,7 @@ EXIT_INTERRUPTED = 130
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Start with `kvcm up`, or `kvcm demo` to see it work. Every command has --help.",
 )
+@click.version_option(package_name="kvcm-ray", prog_name="kvcm-ray")
 def cli() -> None:
     """KV-cache manager for LLM inference on Ray."""
 
@@ -51,6 +53,8 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         result = cli.main(args=arguments, prog_name="kvcm", standalone_mode=False)
     except click.ClickException as error:
+        if as_json:
+            click.echo(json.dumps({"error": InvalidArgument(error.format_message()).to_dict()}))
         error.show()
         return EXIT_USAGE if isinstance(error, click.UsageError) else EXIT_FAILED
     except (click.Abort, KeyboardInterrupt):

@@ -93,12 +93,13 @@ def fail(error: KvcmError, as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps({"error": error.to_dict()}, default=str))
     note(f"{coloured(f'error[{error.code}]', fg='red', bold=True)}: {error.message}")
-    facts = " · ".join(f"{name} {value}" for name, value in error.details.items() if name not in ("wire",))
+    told = {name: value for name, value in error.details.items() if name not in ("wire", "hint")}
+    facts = " · ".join(f"{name} {value}" for name, value in told.items())
     if facts:
         note(f"  {facts}")
     why = (type(error).__doc__ or "").strip()
     if why and why != error.message and type(error) is not KvcmError:
         note(f"  why: {why}")
-    if error.hint:
-        note(f"  try: {error.hint}")
+    if error.remedy:
+        note(f"  try: {error.remedy}")
     return EXIT_UNREACHABLE if isinstance(error, Unavailable) else EXIT_FAILED

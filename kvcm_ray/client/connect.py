@@ -75,7 +75,11 @@ def _look_around(blocking: bool) -> Backend:
 
 
 def _of_data_dir(data_dir: Path, blocking: bool) -> Backend:
-    _module("join").join_data_dir(data_dir)
+    join = _module("join")
+    facts, joined = join.manager_facts(data_dir), join.joined_manager(data_dir)
+    if joined and joined != facts.get("manager_id"):  # it was started again since
+        return _direct(data_dir, blocking)
+    join.join_data_dir(data_dir)
     found = _manager_dir()
     if found != data_dir.resolve():
         raise Unavailable(f"this process is in the Ray cluster of {found}, not of {data_dir}")

@@ -1,7 +1,8 @@
 """The client's metadata without HTTP: the index is read in this process, writes are actor calls.
 
 Needs the manager's data directory on this node, and Ray for anything but reads: a look-up costs no
-RPC and goes on while the manager is down.
+RPC and goes on while the manager is down. A process stays in the Ray it has joined; if a manager is
+started again on the data directory, changes go to the new one by HTTP.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvcm_ray.actors.handles import GroupHandle, RegistryHandle
+from kvcm_ray.actors.join import joined_manager, manager_facts
 from kvcm_ray.actors.view import RegistryView
 from kvcm_ray.client.backend import new_id
+from kvcm_ray.client.http import HttpBackend
 from kvcm_ray.client.results import Lookup, WritePlan
 from kvcm_ray.client.touches import TouchCollector
 from kvcm_ray.client.transfer import Blocks
@@ -34,7 +38,7 @@ from kvcm_ray.core.requests import (
     WriteFinished,
     WriteStarted,
 )
-from kvcm_ray.errors import NotFound
+from kvcm_ray.errors import NotFound, Unavailable
 from kvcm_ray.index import IndexReader
 
 TOUCH_TIMEOUT_S = 2.0
@@ -77,6 +81,15 @@ def _distinct(locations: BlockLocations) -> Iterable[int]:
     return (int(first),) if (ids == first).all() else np.unique(ids).tolist()
 
 
+def _running_manager(data_dir: Path) -> tuple[str, str]:
+    """Id and URL of the manager of a data directory; "" if none is ready there."""
+    try:
+        facts = manager_facts(data_dir)
+    except Unavailable:
+        return "", ""
+    return facts.get("manager_id", ""), facts.get("url", "")
+
+
 class DirectBackend:
     """`Backend` on actor handles and index readers; see `kvcm_ray.client.backend`."""
 
@@ -88,6 +101,9 @@ class DirectBackend:
         self._indexes: dict[str, _Index] = {}  #: by registration uid
         self._lock = threading.Lock()
         self._touches = TouchCollector(self._send_touches)
+        self._manager = joined_manager(view.data_dir) or _running_manager(view.data_dir)[0]
+        self._successor: HttpBackend | None = None
+        self._look_at = 0.0
 
     @property
     def address(self) -> str:
@@ -95,6 +111,8 @@ class DirectBackend:
 
     async def close(self) -> None:
         self._touches.close()
+        if self._successor is not None:
+            await self._successor.close()
         with self._lock:
             indexes, self._indexes = list(self._indexes.values()), {}
         for index in indexes:
@@ -105,7 +123,9 @@ class DirectBackend:
 
     async def register(self, info: InstanceInfo, timeout_s: float) -> InstanceInfo:
         stored: InstanceInfo
-        if self.blocking:
+        if (http := self._by_http()) is not None:
+            stored = await http.register(info, timeout_s)
+        elif self.blocking:
             stored = self._registry.call_sync("register_instance", info, timeout_s=timeout_s)
         else:
             stored = await self._registry.call("register_instance", info, timeout_s=timeout_s)
@@ -153,6 +173,8 @@ class DirectBackend:
         spec_groups: tuple[str, ...],
         timeout_s: float,
     ) -> WritePlan:
+        if (http := self._by_http()) is not None:
+            return await http.start_write(info, keys, lease_s, spec_groups, timeout_s)
         begin_s = time.monotonic()
         request = StartWrite(
             new_id(), info.instance_id, keys, new_id(), max(1, int(lease_s * 1000)), spec_groups
@@ -165,21 +187,38 @@ class DirectBackend:
     async def finish_write(
         self, info: InstanceInfo, session_id: str, success: BlockMask, timeout_s: float
     ) -> WriteFinished:
+        if (http := self._by_http()) is not None:
+            return await http.finish_write(info, session_id, success, timeout_s)
         event_id = f"finish-{session_id}"  # calling again must not be another event
         request = FinishWrite(event_id, info.instance_id, session_id, success)
         finished: WriteFinished = await self._call(info, request, timeout_s)
         return finished
 
     async def remove(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Removed:
+        if (http := self._by_http()) is not None:
+            return await http.remove(info, keys, timeout_s)
         request = RemoveBlocks(new_id(), info.instance_id, keys)
         removed: Removed = await self._call(info, request, timeout_s)
         return removed
 
     async def trim(self, info: InstanceInfo, what: TrimInstance, timeout_s: float) -> Removed:
+        if (http := self._by_http()) is not None:
+            return await http.trim(info, what, timeout_s)
         removed: Removed = await self._call(info, what, timeout_s)
         return removed
 
     # ------------------------------------------------------------------------------- internals
+
+    def _by_http(self) -> HttpBackend | None:
+        """The manager that runs there now, if it is another than the one whose Ray we are in."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + REFRESH_S
+            manager, url = _running_manager(self.view.data_dir)
+            if manager and url and manager != self._manager:
+                self._manager = manager
+                self._successor = HttpBackend(url, blocking=self.blocking)
+        return self._successor
 
     async def _call(self, info: InstanceInfo, request: Request, timeout_s: float) -> Any:
         handle = self._group(info.instance_group_name)
@@ -210,11 +249,18 @@ class DirectBackend:
                         index = _Index(str(self.view.index_path(current)))
                     except NotFound:
                         return None
+                    self._forget_gone()
                     self._indexes[current.uid] = index
         return index
 
+    def _forget_gone(self) -> None:
+        """An open index keeps its disk space, also when its instance was removed."""
+        uids = {info.uid for info in self.view.instances().values()}
+        for uid in self._indexes.keys() - uids:
+            self._indexes.pop(uid).reader.close()
+
     def _touch(self, info: InstanceInfo, hits: Keys, lookups: int) -> None:
-        if lookups:
+        if lookups and self._successor is None:
             touch = Touch(info.instance_id, hits, lookups)
             self._touches.add(info.instance_group_name, touch)
 

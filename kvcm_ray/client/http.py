@@ -40,7 +40,12 @@ Json = dict[str, Any]
 
 _SHM = "/dev/shm/"
 _NO_SEGMENT = 2**32 - 1
-_CODE = re.compile(r"KVCM-[A-Z][0-9]{3}")
+_CODE = re.compile(r" \((KVCM-[A-Z][0-9]{3})\)$")
+_BY_CODE: dict[str, type[KvcmError]] = {
+    value.code: value
+    for value in vars(errors).values()
+    if isinstance(value, type) and issubclass(value, KvcmError)
+}
 _BY_WIRE: dict[str, type[KvcmError]] = {
     "INVALID_ARGUMENT": errors.InvalidArgument,
     "INSTANCE_NOT_EXIST": errors.InstanceNotFound,
@@ -52,11 +57,13 @@ _BY_WIRE: dict[str, type[KvcmError]] = {
 
 
 def error_of(wire_code: str, message: str) -> KvcmError:
-    """The error of an answer: by the KVCM code if the message has one, else by the wire's code."""
-    found = _CODE.search(message)
-    by_code = {cls.code: cls for cls in vars(errors).values() if _is_error(cls)}
-    kind = by_code.get(found.group()) if found else _BY_WIRE.get(wire_code)
-    return (kind or KvcmError)(_reason(message) or wire_code, wire=wire_code)
+    """The error of an answer: by the KVCM code at its end if there is one, else by the wire's code."""
+    reason = _reason(message)
+    found = _CODE.search(reason)
+    kind = _BY_CODE.get(found[1]) if found else None
+    if found and kind:
+        reason = reason[: found.start()]
+    return (kind or _BY_WIRE.get(wire_code) or KvcmError)(reason or wire_code, wire=wire_code)
 
 
 def _reason(message: str) -> str:
@@ -67,10 +74,6 @@ def _reason(message: str) -> str:
     except (orjson.JSONDecodeError, KeyError):
         found = []
     return str(found[-1]) if found else message
-
-
-def _is_error(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, KvcmError)
 
 
 class HttpBackend:

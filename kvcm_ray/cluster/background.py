@@ -17,7 +17,7 @@ from kvcm_ray.actors.paths import manager_file, resolve, shm_dir
 from kvcm_ray.cluster import processes
 from kvcm_ray.cluster.defaults import parse_tiers
 from kvcm_ray.cluster.facts import DataDirLock, Manager, find, read_owner
-from kvcm_ray.cluster.launch import clear_up_after
+from kvcm_ray.cluster.launch import check_port, clear_up_after
 from kvcm_ray.errors import InUse, Unavailable
 
 START_TIMEOUT_S = 120.0
@@ -45,6 +45,7 @@ def up_detached(
     folder = resolve(data_dir)
     parse_tiers(tiers, folder)
     DataDirLock(folder).release()  # says at once who else has it
+    check_port(host, port)
     command = [
         sys.executable, "-m", "kvcm_ray.cluster", "--data-dir", str(folder), "--port", str(port),
         "--host", host, "--replicas", str(replicas), "--reclaimers", str(reclaimers),

@@ -73,7 +73,10 @@ def parse_tiers(texts: Sequence[str], data_dir: Path) -> list[Tier]:
             raise InvalidArgument(f"tier {text!r}: the path must be absolute")
         counts[kind] += 1
         storage = _storage(kind, counts[kind], path, data_dir)
-        tiers.append(Tier(storage, parse_size(size)))
+        try:
+            tiers.append(Tier(storage, parse_size(size)))
+        except InvalidArgument as error:
+            raise InvalidArgument(f"tier {text!r}: {error.message}") from error
     return tiers
 
 

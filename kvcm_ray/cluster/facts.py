@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcm_ray.actors.paths import manager_file, resolve
-from kvcm_ray.errors import InUse
+from kvcm_ray.errors import InUse, InvalidArgument
 from kvcm_ray.index.lock import process_start, process_state
 
 
@@ -89,17 +89,22 @@ class DataDirLock:
 
     Raises:
         InUse: another process owns it.
+        InvalidArgument: the directory cannot be made or written.
     """
 
     def __init__(self, data_dir: Path) -> None:
-        data_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(_lock_file(data_dir), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise InvalidArgument(f"{data_dir} cannot be a data directory: {error}") from error
         self._data_dir = data_dir
-        self._fd = os.open(_lock_file(data_dir), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._fd)
-            raise InUse(_owned(data_dir)) from None
+            remedy = f"`kvcm down --data-dir {data_dir}` stops it; another one needs another --data-dir."
+            raise InUse(_owned(data_dir), hint=remedy) from None
 
     def name_owner(self, owner: Owner) -> None:
         text = json.dumps(dataclasses.asdict(owner)).encode()

@@ -38,7 +38,13 @@ OBJECT_STORE_BYTES = 100_000_000
 READY_TIMEOUT_S = 90.0
 #: A call to an actor that is restarting fails within a fraction of a second instead of two, and is
 #: sent again by the handles. Goes to every process of the cluster, drivers included.
-SYSTEM_CONFIG = {"timeout_ms_task_wait_for_death_info": 100, "core_worker_internal_heartbeat_ms": 200}
+#: Ray ends every process of a cluster whose GCS is away for a minute, with `_exit`. The drivers are
+#: inference engines, which a dead manager must cost misses only; our own processes the reaper ends.
+SYSTEM_CONFIG = {
+    "timeout_ms_task_wait_for_death_info": 100,
+    "core_worker_internal_heartbeat_ms": 200,
+    "gcs_rpc_server_reconnect_timeout_s": 20 * 24 * 3600,  # in milliseconds it must fit 31 bits
+}
 WATCH_PERIOD_S = 1.0
 #: Ray's processes without which a manager is none.
 VITAL = frozenset({"gcs_server", "raylet"})
@@ -110,7 +116,7 @@ class _Launch:
             raise Unsupported("up() sets Ray's environment; this process has imported ray before")
         lock = DataDirLock(self.data_dir)
         port = self.options.port or environment.free_ports(1)[0]
-        _check_port(self.options.host, port)
+        check_port(self.options.host, port)
         clear_up_after(self.data_dir)
         self.temp_dir = Path(tempfile.mkdtemp(prefix="kvcm-", dir="/tmp"))
         pid = os.getpid()
@@ -267,13 +273,15 @@ def _start_reaper(manager_id: str, temp_dir: Path) -> int:
     return writing
 
 
-def _check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int) -> None:
+    """Raises InUse if something listens there."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise InUse(f"cannot listen on {host}:{port}: {error.strerror}") from error
+            remedy = "Choose another --port; 0 picks a free one."
+            raise InUse(f"cannot listen on {host}:{port}: {error.strerror}", hint=remedy) from error
 
 
 def _wait_for_http(host: str, port: int, stop: threading.Event) -> None:

@@ -65,7 +65,7 @@ class DeletesConfirmed:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time passed: sessions whose deadline is reached expire."""
+    """Time passed: sessions whose deadline is reached expire, a bounded number for each event."""
 
     now_ms: int
 

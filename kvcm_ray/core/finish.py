@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice
+
 import numpy as np
 
 from kvcm_ray.core.effects import AddBlocks, DropSession, Effect, Outcome, RememberAnswer
 from kvcm_ray.core.events import FinishWriteEvent, Tick
 from kvcm_ray.core.ledger import Instance, Ledger
-from kvcm_ray.core.requests import Flags, WriteFinished
+from kvcm_ray.core.requests import BlockLocations, Flags, WriteFinished
 from kvcm_ray.core.session import LATE_WRITER_MS, Session
 from kvcm_ray.core.start import started
 from kvcm_ray.errors import SessionNotFound
+
+#: Bounds of one `Tick`: its commit must be quick, and small enough for the reserve of a full disk.
+EXPIRED_SESSIONS_MAX = 512
+EXPIRED_BLOCKS_MAX = 1_024
 
 
 def finish_write(ledger: Ledger, event: FinishWriteEvent) -> Outcome:
@@ -52,16 +59,36 @@ def finish_write(ledger: Ledger, event: FinishWriteEvent) -> Outcome:
 
 
 def expire_sessions(ledger: Ledger, event: Tick) -> Outcome:
-    """End the sessions whose deadline is reached. Their writers may still be at it for a moment."""
-    effects: list[Effect] = []
+    """End sessions whose deadline is reached, earliest first, as many as one commit should carry;
+    `next_deadline_ms` tells whether there are more. Their writers may still be at it for a moment.
+    """
     ledger.sessions.expire_empty(event.now_ms)
-    for session in ledger.sessions.expired(event.now_ms):
-        instance = ledger.instances[session.record.instance_id]
-        nothing = np.zeros(len(session.keys), np.bool_)
-        effects += end_session(
-            ledger, instance, session, nothing, due_ms=event.now_ms + LATE_WRITER_MS
-        )
+    ended: dict[str, list[Session]] = {}
+    blocks = 0
+    for session in islice(ledger.sessions.expired(event.now_ms), EXPIRED_SESSIONS_MAX):
+        ended.setdefault(session.record.instance_id, []).append(session)
+        ledger.sessions.remove(session)
+        blocks += len(session.keys)
+        if blocks >= EXPIRED_BLOCKS_MAX:
+            break
+    effects: list[Effect] = []
+    for instance_id, sessions in ended.items():
+        effects += drop_sessions(ledger, ledger.instances[instance_id], sessions, event.now_ms)
     return Outcome(None, effects)
+
+
+def drop_sessions(
+    ledger: Ledger, instance: Instance, sessions: Sequence[Session], now_ms: int
+) -> list[Effect]:
+    """Forget sessions (out of the table already) whose writers may still be at it for a moment.
+
+    All their blocks go to the trash together: thousands of sessions can end at one time.
+    """
+    effects: list[Effect] = [_forget(ledger, instance, session) for session in sessions]
+    locations = BlockLocations.joined([session.locations for session in sessions])
+    for storage, nbytes in instance.segments.bytes_by_storage(locations).items():
+        ledger.quota.commit(ledger.kind_of(storage), nbytes)
+    return effects + ledger.discard(instance, locations, now_ms + LATE_WRITER_MS)
 
 
 def end_session(
@@ -71,19 +98,25 @@ def end_session(
     (one flag for each distinct block) are to be erased at `due_ms`. The caller makes the others
     readable.
     """
-    record = session.record
-    ledger.answers.remember(record.instance_id, record.event_id, started(instance, record))
     ledger.sessions.remove(session)
-    for key in session.keys.tolist():
-        if instance.writing.get(key) is session:  # not so if the key was removed meanwhile
-            del instance.writing[key]
+    effects: list[Effect] = [_forget(ledger, instance, session)]
     for storage, nbytes in instance.segments.bytes_by_storage(session.locations).items():
         ledger.quota.commit(ledger.kind_of(storage), nbytes)
-    effects: list[Effect] = [DropSession(record.instance_id, record.session_id)]
     if not written.all():
         failed = session.locations.take(~written)
         effects += ledger.discard(instance, failed, due_ms)
     return effects
+
+
+def _forget(ledger: Ledger, instance: Instance, session: Session) -> DropSession:
+    """Keep its answer, free its keys; its bytes and slots are the caller's business."""
+    record = session.record
+    ledger.answers.remember(record.instance_id, record.event_id, started(instance, record))
+    writing = instance.writing
+    for key in session.keys.tolist():
+        if writing.get(key) is session:  # not so if the key was removed meanwhile
+            del writing[key]
+    return DropSession(record.instance_id, record.session_id)
 
 
 def _add_blocks(session: Session, written: Flags, now_s: int) -> AddBlocks:

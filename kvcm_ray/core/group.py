@@ -157,14 +157,7 @@ def _rebuilt(info: InstanceInfo, recovered: RecoveredInstance, sessions: list[Se
         *(s.locations for s in sessions),
         *(t.locations for t in recovered.trash),
     ]
-    segments.restore(
-        recovered.segments,
-        BlockLocations(
-            np.concatenate([part.segment for part in held]),
-            np.concatenate([part.slot for part in held]),
-            np.concatenate([part.generation for part in held]),
-        ),
-    )
+    segments.restore(recovered.segments, BlockLocations.joined(held))
     writing: dict[int, Session] = {}
     for session in sessions:
         keys = session.record.keys[~session.record.removed]

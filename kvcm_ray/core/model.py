@@ -333,6 +333,23 @@ class InstanceInfo:
         """True if a re-registration with `other` is the same instance (order of groups is free)."""
         return self._shape() == other._shape()
 
+    def difference(self, other: InstanceInfo) -> str:
+        """The first part of the shape that `other` has differently, and both values; "" if none."""
+        names = (
+            "instance_id", "block_size", "location_spec_infos", "model_deployment", "location_spec_groups",
+        )  # fmt: skip
+        for name, own, theirs in zip(names, self._shape(), other._shape(), strict=True):
+            if own == theirs:
+                continue
+            if name == "block_size":
+                return f"{name} {own}, not {theirs}"
+            if name == "model_deployment":
+                plain, wanted = to_plain(own), to_plain(theirs)
+                name = next(field for field in plain if plain[field] != wanted[field])
+                return f"{name} {plain[name]!r}, not {wanted[name]!r}"
+            return name
+        return ""
+
     def _shape(self) -> tuple[Any, ...]:
         deployment = self.model_deployment or ModelDeployment()
         groups = frozenset((g.name, frozenset(g.spec_names)) for g in self.location_spec_groups)

@@ -16,11 +16,11 @@ from kvcm_ray.core.effects import (
     RememberAnswer,
 )
 from kvcm_ray.core.events import DeletesConfirmed, RemoveEvent
-from kvcm_ray.core.finish import end_session
+from kvcm_ray.core.finish import drop_sessions
 from kvcm_ray.core.ledger import Instance, Ledger
 from kvcm_ray.core.records import TrashRecord
 from kvcm_ray.core.requests import BlockLocations, Keys, Removed
-from kvcm_ray.core.session import LATE_WRITER_MS, Session, repetitions
+from kvcm_ray.core.session import Session, repetitions
 
 
 def remove_blocks(ledger: Ledger, event: RemoveEvent) -> Outcome:
@@ -106,9 +106,8 @@ def _remove_writing(instance: Instance, keys: Keys) -> tuple[int, list[Effect]]:
 def _drop_sessions(ledger: Ledger, instance: Instance, now_ms: int) -> tuple[int, list[Effect]]:
     """End all sessions of the instance. Their writers may still be at it for a moment."""
     writing = len(instance.writing)
-    effects: list[Effect] = []
     ledger.sessions.forget_empty(instance.info.instance_id)
-    for session in ledger.sessions.of_instance(instance.info.instance_id):
-        nothing = np.zeros(len(session.keys), np.bool_)
-        effects += end_session(ledger, instance, session, nothing, due_ms=now_ms + LATE_WRITER_MS)
-    return writing, effects
+    sessions = ledger.sessions.of_instance(instance.info.instance_id)
+    for session in sessions:
+        ledger.sessions.remove(session)
+    return writing, drop_sessions(ledger, instance, sessions, now_ms)

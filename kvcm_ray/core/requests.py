@@ -11,6 +11,7 @@ Arrays are one-dimensional numpy arrays: ``int64`` keys, ``uint32`` segment, slo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +42,17 @@ class BlockLocations:
     @staticmethod
     def empty(n: int = 0) -> BlockLocations:
         return BlockLocations(*(np.zeros(n, np.uint32) for _ in range(3)))
+
+    @staticmethod
+    def joined(parts: Sequence[BlockLocations]) -> BlockLocations:
+        """All of them, one after the other."""
+        if not parts:
+            return BlockLocations.empty()
+        return BlockLocations(
+            np.concatenate([part.segment for part in parts]),
+            np.concatenate([part.slot for part in parts]),
+            np.concatenate([part.generation for part in parts]),
+        )
 
 
 # ------------------------------------------------------------------------------------ requests

@@ -86,12 +86,18 @@ def set_aside(path: Path) -> Path:
     """Move the files of an index into a folder beside them; an earlier one there is deleted.
 
     Nobody may have the index open. The identity goes last: killed in between, it happens again.
+
+    Raises:
+        StorageIOError.
     """
     aside = path / ASIDE_FOLDER
     if data_file(path).exists():
         shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(exist_ok=True)
-    for name in _MOVED:
-        if (path / name).exists():
-            (path / name).replace(aside / name)
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        for name in _MOVED:
+            if (path / name).exists():
+                (path / name).replace(aside / name)
+    except OSError as error:
+        raise StorageIOError(f"cannot move the index at {path} aside: {error}") from error
     return aside

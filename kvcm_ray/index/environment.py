@@ -23,7 +23,7 @@ import lmdb
 
 from kvcm_ray.core.model import Durability
 from kvcm_ray.errors import Corrupt, KvcmError, NotFound, StorageFull, StorageIOError, Unavailable
-from kvcm_ray.index.preflight import REMEDY, check_file, data_file
+from kvcm_ray.index.preflight import REMEDY, RESERVE_BYTES, check_file, data_file
 from kvcm_ray.index.tables import INTEGER_KEYED, STRING_KEYED, Tables, open_tables
 
 MAX_READERS = 1024
@@ -213,13 +213,22 @@ def lmdb_errors(path: Path) -> Iterator[None]:
         raise translated(error, path) from error
 
 
+def _is_full(path: Path) -> bool:
+    try:
+        disk = os.statvfs(path)
+    except OSError:
+        return False
+    return disk.f_bavail * disk.f_frsize < RESERVE_BYTES
+
+
 def translated(error: lmdb.Error, path: Path) -> KvcmError:
     text = str(error)
     if isinstance(error, lmdb.MapFullError):
         return StorageFull(f"the index map of {path} is full")
     if isinstance(error, lmdb.ReadersFullError):
         return Unavailable(f"{MAX_READERS} processes or threads read {path} already")
-    if any(reason in text for reason in _FULL):
+    short = os.strerror(errno.EIO) in text and _is_full(path)  # LMDB's word for a write cut short
+    if short or any(reason in text for reason in _FULL):
         return StorageFull(f"no room for the index at {path}: {text}")
     damaged = (
         lmdb.CorruptedError,

@@ -18,11 +18,17 @@ DATA_FILE = "data.mdb"
 PAGE_HEADER_BYTES = 16
 META_MAGIC = 0xBEEFC0DE
 META_VERSION = 1
-RESERVE_BYTES = 1 << 20
+RESERVE_BYTES = 1 << 20  #: of a small index
+RESERVE_BYTES_MAX = 16 << 20
 #: magic u32, version u32, address u64, map size u64; two database records, the first of which
 #: begins with the page size u32; then last page u64, transaction number u64.
 _META = struct.Struct("<IIQQI92xQQ")
 REMEDY = "stop the manager and move the folder away: block headers rebuild the index at the next start"
+
+
+def reserve_bytes(last_page_end: int) -> int:
+    """A change of a few hundred blocks copies as many pages, the more the larger the index is."""
+    return min(max(RESERVE_BYTES, last_page_end // 8 & -RESERVE_BYTES), RESERVE_BYTES_MAX)
 
 
 def data_file(path: Path) -> Path:
@@ -82,14 +88,15 @@ def keep_reserve(path: Path, last_page_end: int, known_end: int) -> int:
 
     Returns how far space is known to be allocated now; `known_end` again if there is none left.
     """
-    if known_end >= last_page_end + RESERVE_BYTES // 2:
+    reserve = reserve_bytes(last_page_end)
+    if known_end >= last_page_end + reserve // 2:
         return known_end
     try:
         handle = os.open(data_file(path), os.O_RDWR | os.O_CLOEXEC)
         try:
-            os.posix_fallocate(handle, last_page_end, RESERVE_BYTES)
+            os.posix_fallocate(handle, last_page_end, reserve)
         finally:
             os.close(handle)
     except OSError:
         return known_end
-    return last_page_end + RESERVE_BYTES
+    return last_page_end + reserve

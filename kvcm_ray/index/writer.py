@@ -124,7 +124,8 @@ class IndexStore:
         if self.durability is Durability.COMMIT:
             with environment.lmdb_errors(self.path):
                 self._shared.env.sync(True)  # what was committed with durability `process` before
-        boot.write_identity(self.path, self._identity)
+        if boot.read_identity(self.path) != self._identity:  # a full disk takes no file, not even this
+            boot.write_identity(self.path, self._identity)
 
     @contextmanager
     def _transaction(self) -> Iterator[IndexBatch]:
@@ -166,7 +167,7 @@ class IndexStore:
         """Whether there is allocated room behind the last page."""
         end = self._last_page_end()
         self._allocated = preflight.keep_reserve(self.path, end, self._allocated)
-        return self._allocated >= end + preflight.RESERVE_BYTES // 2
+        return self._allocated >= end + preflight.reserve_bytes(end) // 2
 
     def _last_page_end(self) -> int:
         last: int = self._shared.env.info()["last_pgno"]
@@ -193,7 +194,7 @@ class IndexStore:
         if end >= self._map_bytes:
             room, full = self._map_bytes, f"has used its map of {self._map_bytes} bytes"
         elif not self._keep_reserve():
-            room, full = end - preflight.RESERVE_BYTES, "finds no room on the disk"
+            room, full = end - preflight.reserve_bytes(end), "finds no room on the disk"
         else:
             return None
         pages = 0

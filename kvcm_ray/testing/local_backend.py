@@ -107,6 +107,7 @@ class LocalBackend(Backend):
     def close(self) -> None:
         for reader in self._readers.values():
             reader.close()
+        self.sealer.close()
         self.groups_control.close()
         self._thread.submit(self._registry.close).result()
         self._thread.shutdown()

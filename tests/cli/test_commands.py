@@ -92,7 +92,8 @@ def test_instances_from_birth_to_death(kvcm: Kvcm) -> None:
 
 
 def test_removing_asks_first(kvcm: Kvcm) -> None:
-    assert kvcm("storage", "remove", "files").code == 130, "no answer is no"
+    refused = kvcm("storage", "remove", "files")
+    assert (refused.code, "--yes" in refused.err) == (1, True), "no answer is no"
     assert "files" in kvcm("storage", "list").out
 
 
@@ -330,3 +331,52 @@ def test_benchmarks_are_listed(kvcm: Kvcm) -> None:
     shown = kvcm("bench", "--help").out
     assert all(name in shown for name in ("lookup", "write", "http", "data"))
     assert kvcm("bench", "nothing").code == 2
+
+
+# ------------------------------------------------------------------- what is said when it goes wrong
+
+
+def test_a_refusal_over_http_keeps_its_code(kvcm: Kvcm) -> None:
+    """The stable code and its remedy reach a user, though the protocol knows INTERNAL_ERROR only."""
+    refused = kvcm("storage", "remove", "files", "--yes", "--json")
+    assert (refused.code, refused.json["error"]["code"]) == (1, "KVCM-C004")
+    assert "KVCM" not in refused.json["error"]["message"], "told once is enough"
+    assert "error[KVCM-C004]: Failed to remove storage : storage 'files' is a candidate" in refused.err
+    assert "try: Remove its users first" in refused.err
+    unknown = kvcm("group", "create", "x", "--quota", "1MiB", "--storage", "nope", "--json")
+    assert unknown.json["error"]["code"] == "KVCM-N001"
+    nowhere = kvcm("instance", "create", "n", "--group", "KVCM-Q001", "--block-size", "1", "--spec", "a=1")
+    assert "error[KVCM-N002]" in nowhere.err
+
+
+def test_wrong_usage_is_json_too(kvcm: Kvcm) -> None:
+    wrong = kvcm("group", "create", "x", "--json")
+    assert (wrong.code, wrong.json["error"]["code"]) == (2, "KVCM-A001")
+    assert "Usage:" in wrong.err
+
+
+@pytest.mark.parametrize("tier", ["foo:1", "shm:0", "shm:-5", "file", "file:1GiB:not/absolute"])
+def test_a_tier_that_is_no_tier_is_wrong_usage(kvcm: Kvcm, tmp_path: Path, tier: str) -> None:
+    wrong = kvcm("up", "--detach", "--data-dir", str(tmp_path / "d"), "--port", "0", "--tier", tier)
+    assert (wrong.code, f"tier '{tier}'" in wrong.err) == (2, True)
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_data_directory_that_cannot_be(kvcm: Kvcm, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    wrong = kvcm("up", "--detach", "--port", "0", "--data-dir", str(tmp_path / "file" / "d"), "--json")
+    assert (wrong.code, wrong.json["error"]["code"]) == (1, "KVCM-A001")
+    assert "cannot be a data directory" in wrong.err
+
+
+def test_a_port_that_is_taken(kvcm: Kvcm, manager: Served, tmp_path: Path) -> None:
+    port = manager.url.rpartition(":")[2]
+    for detach in ("--detach", "--json"):  # this process has no Ray, so it could be the manager itself
+        if detach == "--json" and "ray" in sys.modules:
+            continue
+        taken = kvcm("up", detach, "--data-dir", str(tmp_path / "d"), "--port", port)
+        assert (taken.code, "0 picks a free one" in taken.err) == (1, True)
+
+
+def test_the_version_option(kvcm: Kvcm) -> None:
+    assert kvcm("--version").out.startswith("kvcm-ray, version ")

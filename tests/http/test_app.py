@@ -23,9 +23,7 @@ def test_every_endpoint_answers_an_empty_object(http: Http) -> None:
         assert response.headers["content-type"] == "application/json"
         header = response.json()["header"]
         assert list(header) == (
-            ["status", "request_id"]
-            if endpoint.path in admin
-            else ["status", "request_id", "tracer_result"]
+            ["status", "request_id"] if endpoint.path in admin else ["status", "request_id", "tracer_result"]
         )
         assert re.fullmatch(r"_\d{16}", header["request_id"])
 
@@ -57,8 +55,7 @@ def test_a_body_over_the_limit(http: Http, monkeypatch: pytest.MonkeyPatch) -> N
 
 async def received(chunks: list[bytes]) -> bytes:
     messages = [
-        {"type": "http.request", "body": c, "more_body": i + 1 < len(chunks)}
-        for i, c in enumerate(chunks)
+        {"type": "http.request", "body": c, "more_body": i + 1 < len(chunks)} for i, c in enumerate(chunks)
     ]
 
     async def receive() -> Any:
@@ -78,9 +75,7 @@ def test_too_many_keys_and_tokens(http: Http, monkeypatch: pytest.MonkeyPatch) -
     http.register("i1")
     keys = list(range(limits.KEYS_PER_CALL_MAX + 1))
     for name in ("getCacheLocation", "startWriteCache", "getCacheMeta", "removeCache"):
-        message = http.refused(
-            name, "INVALID_ARGUMENT", instance_id="i1", block_keys=keys, query_type=2
-        )
+        message = http.refused(name, "INVALID_ARGUMENT", instance_id="i1", block_keys=keys, query_type=2)
         assert str(limits.KEYS_PER_CALL_MAX) in message
     monkeypatch.setattr(limits, "TOKENS_PER_CALL_MAX", 10)
     http.refused("getCacheLocation", "INVALID_ARGUMENT", instance_id="i1", token_ids=keys[:11])
@@ -88,6 +83,7 @@ def test_too_many_keys_and_tokens(http: Http, monkeypatch: pytest.MonkeyPatch) -
 
 def test_health(http: Http) -> None:
     assert http.get("/healthz/live").json() == {"live": True}
+    assert http.run(http.client.head("/healthz")).status_code == 200, "what load balancers send"
     ready = http.get("/healthz")
     assert (ready.status_code, ready.json()["ready"]) == (200, True)
     http.backend.failing = True

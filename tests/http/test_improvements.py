@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kvcm_ray import errors
 from kvcm_ray.testing.http import Http, registration
 
 BATCH, WINDOW = "QT_BATCH_GET", "QT_REVERSE_ROLL_SW_MATCH"
@@ -169,9 +170,7 @@ def test_quota_errors_name_the_quota_and_the_amounts(http: Http) -> None:
     http.ok("createInstanceGroup", instance_group=group("small", quota={"capacity": 4096}))
     http.register("s1", instance_group="small")
     http.write("s1", [1, 2, 3])
-    message = http.refused(
-        "startWriteCache", "INTERNAL_ERROR", instance_id="s1", block_keys=[10, 11]
-    )
+    message = http.refused("startWriteCache", "INTERNAL_ERROR", instance_id="s1", block_keys=[10, 11])
     assert "4096" in message
     assert "2048" in message
     assert "3072" in message
@@ -226,9 +225,7 @@ def test_trim_by_time(http: Http) -> None:
     http.ok("trimCache", begin_timestamp=now - 100, end_timestamp=now + 100, **trim)
     assert http.prefix("i1", [1]) == []
     for begin, end in ((0, 0), (-1, 0), (9, 3)):
-        http.refused(
-            "trimCache", "INVALID_ARGUMENT", begin_timestamp=begin, end_timestamp=end, **trim
-        )
+        http.refused("trimCache", "INVALID_ARGUMENT", begin_timestamp=begin, end_timestamp=end, **trim)
 
 
 def test_trim_all_cache_and_all_meta(http: Http) -> None:
@@ -295,9 +292,7 @@ def test_a_group_as_returned_can_be_sent_back(http: Http) -> None:
     changed = shown | {"user_data": "new", "version": int(shown["version"]) + 1}
     http.ok("updateInstanceGroup", instance_group=changed, current_version=shown["version"])
     assert http.ok("getInstanceGroup", name="default")["instance_group"]["user_data"] == "new"
-    message = http.refused(
-        "updateInstanceGroup", "INTERNAL_ERROR", instance_group=changed, current_version=1
-    )
+    message = http.refused("updateInstanceGroup", "INTERNAL_ERROR", instance_group=changed, current_version=1)
     assert "version" in message
 
 
@@ -365,3 +360,79 @@ def test_enum_numbers_without_a_name_are_not_stored(http: Http) -> None:
     wrong = group("g", quota={"capacity": 1, "quota_config": [{"storage_type": 77}]})
     message = http.refused("createInstanceGroup", "INVALID_ARGUMENT", instance_group=wrong)
     assert "storage_type 77" in message
+
+
+# --------------------------------------------------------------------------- what failures tell
+
+
+def test_failures_end_with_a_stable_code(http: Http) -> None:
+    message = http.refused("removeStorage", "INTERNAL_ERROR", storage_unique_name="nfs_01")
+    assert message.endswith("storage 'nfs_01' is a candidate of group default (KVCM-C004)")
+    small = group("small", quota={"capacity": 100})
+    http.ok("createInstanceGroup", instance_group=small)
+    http.register("i1", instance_group="small")
+    message = http.refused("startWriteCache", "INTERNAL_ERROR", instance_id="i1", block_keys=[1])
+    assert reasons(message)[-1].endswith("(KVCM-Q001)")
+    message = http.refused(
+        "finishWriteCache", "INTERNAL_ERROR", instance_id="i1", write_session_id="gone",
+        success_blocks={"offset": 0},
+    )  # fmt: skip
+    assert reasons(message)[0] == "write_session_id has been deleted"
+    assert reasons(message)[1].endswith("(KVCM-N004)")
+
+
+def test_failures_do_not_repeat_a_megabyte(http: Http) -> None:
+    http.register("i1")
+    mask = {"success_blocks": {"offset": 0}}
+    for fields in (
+        {"instance_id": "x" * 1_000_000},
+        {"instance_id": "i1", "write_session_id": "y" * 1_000_000},
+    ):
+        answer = http.post("finishWriteCache", **({"write_session_id": "s"} | fields | mask))
+        assert len(answer["header"]["status"]["message"]) < 2000
+
+
+@pytest.mark.parametrize("path", ["/tmp/a?b=1", "/tmp/a@b", "/tmp/a\x00b", "/tmp/a\nb"])
+def test_paths_that_uris_cannot_carry_are_refused(http: Http, path: str) -> None:
+    storage = {"global_unique_name": "odd", "nfs": {"root_path": path}}
+    message = http.refused("addStorage", "INVALID_ARGUMENT", storage=storage)
+    assert "cannot carry" in message
+
+
+def test_storages_do_not_share_a_directory(http: Http, tmp_path: Path) -> None:
+    """fsck, and a rebuilt index, would take the blocks of one for leftovers of the other."""
+
+    def storage(name: str, path: str) -> dict[str, Any]:
+        return {"global_unique_name": name, "nfs": {"root_path": path}}
+
+    http.ok("addStorage", storage=storage("one", f"{tmp_path}/one"))
+    for path in ("one", "one/", "one/../one", "one/sub", "."):
+        message = http.refused("addStorage", "INVALID_ARGUMENT", storage=storage("two", f"{tmp_path}/{path}"))
+        assert "overlaps" in message
+    http.ok("addStorage", storage=storage("two", f"{tmp_path}/one-more"))
+    http.refused("updateStorage", "INVALID_ARGUMENT", storage=storage("two", f"{tmp_path}/one"))
+    http.ok("updateStorage", storage=storage("one", f"{tmp_path}/one"))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"block_size": 64}, "block_size 128, not 64"),
+        ({"location_spec_infos": [{"name": "tp0", "size": 2}]}, "location_spec_infos"),
+        ({"model_deployment": {"model_name": "m", "dtype": "BF16", "tp_size": 1}}, "dtype 'FP8', not 'BF16'"),
+    ],
+)
+def test_another_shape_is_named(http: Http, change: dict[str, Any], told: str) -> None:
+    http.register("i1")
+    message = http.refused("registerInstance", "DUPLICATE_ENTITY", **(registration("i1") | change))
+    assert reasons(message)[-1] == f"instance 'i1' is registered with another shape: {told}"
+
+
+def test_the_documentation_lists_every_code() -> None:
+    """Each code that a message can end with: its meaning and the remedy, as `errors` says them."""
+    documented = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    for cls in vars(errors).values():
+        if not (isinstance(cls, type) and issubclass(cls, errors.KvcmError)):
+            continue
+        if cls.wire == "INTERNAL_ERROR" and not cls.code.endswith("00"):
+            assert f"| {cls.code} | {cls.__doc__} | {cls.hint} |" in documented

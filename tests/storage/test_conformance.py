@@ -94,7 +94,7 @@ def test_tensors(lab: Lab) -> None:
     assert lab.storage.read(segment, "tp0", slots, keys, generations, out).all()
     assert torch.equal(out.reshape(3, 128), source)
     with pytest.raises(InvalidArgument, match="gaps"):
-        lab.storage.write(segment, "tp0", slots[:1], keys[:1], generations[:1], [source.T[:, 0]])
+        lab.storage.write(segment, "tp0", slots[:1], keys[:1], generations[:1], [source[:, 0]])
 
 
 def test_nothing_asked_nothing_done(lab: Lab) -> None:
@@ -298,12 +298,16 @@ def test_payloads_without_headers_are_misses_until_sealed(lab: Lab) -> None:
     lab.write(segment, {3: block(4096, 3)}, generation=9)
     assert lab.read(segment, [1, 2], generation=5) == [None, None]
     slots, keys, generations = arrays([0, 1, 2, 3], 5)
+    assert not lab.storage.sealed(segment, "tp0", slots, keys, generations).any()
     flags = lab.storage.seal(segment, "tp0", slots, keys, generations)
     assert flags.tolist() == [False, True, True, False]  # never written, two sealed, another's
     assert lab.read(segment, [1, 2], generation=5) == [block(4096, 1), block(4096, 2)]
     assert lab.read(segment, [3], generation=9) == [block(4096, 3)]
     again = lab.storage.seal(segment, "tp0", slots, keys, generations)
     assert again.tolist() == flags.tolist()
+    assert lab.storage.sealed(segment, "tp0", slots, keys, generations).tolist() == flags.tolist()
+    lab.storage.drop_segment(segment)
+    assert not lab.storage.sealed(segment, "tp0", slots, keys, generations).any()
 
 
 # --------------------------------------------------------------------------------- whole segments

@@ -542,6 +542,7 @@ def test_drafts_and_strangers_are_no_segments(path_lab: Lab) -> None:
     root = Path(path_lab.storage.root)
     (root / "notes").mkdir()
     (root / "notes" / "readme.txt").write_text("not ours")
+    (root / "notes" / "blacklist.dat").write_text("not ours either")
     (root / "half" / "made").mkdir(parents=True)
     (root / "half" / "made" / "tp0.hdr").touch()
     shutil.copytree(root / segment.path, root / "copied")
