@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi_offline import FastAPIOffline
 
 from kvcm_ray.core.limits import REQUEST_BYTES_MAX
 from kvcm_ray.serve_app.backend import Backend
@@ -97,7 +98,8 @@ class HotPath:
 def build_app(backend: Backend, metrics: Metrics) -> HotPath:
     """The application on one backend."""
     service = Service(backend, metrics)
-    rest = FastAPI(
+    rest = FastAPIOffline(  # the page's scripts come from here, not from a CDN: clusters are offline
+        redoc_url=None,
         title="kvcm-ray",
         version=version("kvcm-ray"),
         description="KV-cache manager for LLM inference; speaks the Tair KVCM protocol.",

@@ -116,7 +116,13 @@ def test_a_bug_is_an_answer_not_a_5xx(http: Http, monkeypatch: pytest.MonkeyPatc
 
 
 def test_documentation_is_made_from_the_messages(http: Http) -> None:
-    assert http.get("/docs").status_code == 200
+    page = http.get("/docs")
+    assert page.status_code == 200
+    sources = re.findall(r'(?:src|href|url)[=:] *["\'](.*?)["\']', page.text)
+    assert sources
+    for source in sources:  # nothing from outside, and everything is there
+        assert source.startswith("/"), source
+        assert http.get(source).status_code == 200, source
     paths = http.get("/openapi.json").json()["paths"]
     assert {e.path for e in ENDPOINTS} <= set(paths)
     for endpoint in ENDPOINTS:
