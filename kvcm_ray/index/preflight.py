@@ -28,7 +28,7 @@ REMEDY = "stop the manager and move the folder away: block headers rebuild the i
 
 def reserve_bytes(last_page_end: int) -> int:
     """A change of a few hundred blocks copies as many pages, the more the larger the index is."""
-    return min(max(RESERVE_BYTES, last_page_end // 8 & -RESERVE_BYTES), RESERVE_BYTES_MAX)
+    return min(max(RESERVE_BYTES, last_page_end // 4 & -RESERVE_BYTES), RESERVE_BYTES_MAX)
 
 
 def data_file(path: Path) -> Path:
@@ -89,7 +89,7 @@ def keep_reserve(path: Path, last_page_end: int, known_end: int) -> int:
     Returns how far space is known to be allocated now; `known_end` again if there is none left.
     """
     reserve = reserve_bytes(last_page_end)
-    if known_end >= last_page_end + reserve // 2:
+    if known_end >= last_page_end + reserve * 3 // 4:
         return known_end
     try:
         handle = os.open(data_file(path), os.O_RDWR | os.O_CLOEXEC)

@@ -167,7 +167,7 @@ class IndexStore:
         """Whether there is allocated room behind the last page."""
         end = self._last_page_end()
         self._allocated = preflight.keep_reserve(self.path, end, self._allocated)
-        return self._allocated >= end + preflight.reserve_bytes(end) // 2
+        return self._allocated >= end + preflight.reserve_bytes(end) * 3 // 4
 
     def _last_page_end(self) -> int:
         last: int = self._shared.env.info()["last_pgno"]
@@ -189,12 +189,14 @@ class IndexStore:
         """The error for whatever would grow the index, if only a reserve of map or disk is left.
 
         The last page never goes down, so pages in use are counted once there is no room behind it.
+        On a full disk a quarter of them has to be free: a commit copies every page that it changes,
+        and what it frees can be used by the commit after the next one only.
         """
         end = self._last_page_end()
         if end >= self._map_bytes:
             room, full = self._map_bytes, f"has used its map of {self._map_bytes} bytes"
         elif not self._keep_reserve():
-            room, full = end - preflight.reserve_bytes(end), "finds no room on the disk"
+            room, full = end * 3 // 4, "finds no room on the disk"
         else:
             return None
         pages = 0

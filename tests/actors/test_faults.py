@@ -198,7 +198,7 @@ def test_a_full_disk_of_indexes(
     """Refused by name; reads, removes and a restart go on; room again, writes again."""
     group = registry.get_group("default")
     plenty = dataclasses.replace(
-        group, quota=InstanceGroupQuota(1 << 40), max_key_count=0, version=group.version + 1
+        group, quota=InstanceGroupQuota(1 << 40), version=group.version + 1
     )
     registry.update_group(plenty, group.version)
     groups.services.pop("default").stop()

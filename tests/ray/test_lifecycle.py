@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,7 @@ import pytest
 from kvcm_ray import cluster
 from kvcm_ray.actors.paths import shm_dir
 from kvcm_ray.cluster import Manager
+from kvcm_ray.cluster.launch import SYSTEM_CONFIG
 from kvcm_ray.errors import InUse
 from kvcm_ray.testing.cluster import manager, run_python
 
@@ -76,3 +82,58 @@ def test_port_taken(tmp_path: Path, running: Manager) -> None:
     with pytest.raises(InUse, match="cannot listen"):
         cluster.up_detached(tmp_path / "other", port)
     assert not cluster.down(tmp_path / "other", purge=True)
+
+
+#: An engine: says what it stored and read of 8 blocks, once for each line that it is sent.
+ENGINE = """
+    import sys
+    import numpy as np
+    from kvcm_ray.client import connect
+    client = connect(sys.argv[1])
+    instance = client.register("outlives", block_size=16, specs={"tp0": 4096})
+    data = np.arange(8 * 4096, dtype=np.uint32).astype(np.uint8).reshape(8, 4096)
+    for line in sys.stdin:
+        first = int(line)
+        stored = instance.put(list(range(first, first + 8)), data, timeout_s=2)
+        back = np.zeros_like(data)
+        flags = instance.get(list(range(8)), back).flags
+        print(int(stored), int(flags.sum()), bool((back == data).all()), flush=True)
+"""
+
+
+@contextlib.contextmanager
+def engine_process(folder: Path) -> Iterator[Callable[[int], str]]:
+    command = [sys.executable, "-c", textwrap.dedent(ENGINE), str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        talk, listen = child.stdin, child.stdout
+
+        def ask(first: int) -> str:
+            print(first, file=talk, flush=True)
+            return listen.readline().strip()
+
+        yield ask
+        talk.close()
+        child.kill()
+
+
+def test_an_engine_outlives_its_manager(tmp_path: Path) -> None:
+    """Killed: reads go on, writes fail in time. Started again: the same client writes again."""
+    folder = tmp_path / "data"
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(manager(folder, purge=False))
+        ask = stack.enter_context(engine_process(folder))
+        assert ask(0) == "8 8 True"
+        os.kill(first.pid, signal.SIGKILL)
+        cluster.down(folder)  # ends what is left of it
+        began = time.monotonic()
+        assert ask(8) == "0 8 True"
+        assert time.monotonic() - began < 4
+        stack.enter_context(manager(folder, purge=True))
+        assert ask(8) == "8 8 True"
+
+
+def test_engines_do_not_end_with_the_gcs() -> None:
+    """Ray ends drivers that miss the GCS for so long; ours must live on without a manager."""
+    assert SYSTEM_CONFIG["gcs_rpc_server_reconnect_timeout_s"] > 7 * 24 * 3600

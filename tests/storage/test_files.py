@@ -595,3 +595,13 @@ def test_full_is_told_with_numbers(path_lab: Lab, monkeypatch: pytest.MonkeyPatc
     slots, keys, generations = arrays([0], 1)
     path_lab.storage.write(segment, "tp0", slots, keys, generations, [block(4096, 0)])
     assert path_lab.read(segment, [0]) == [block(4096, 0)]
+
+
+def test_dropping_frees_what_others_keep_open(path_lab: Lab) -> None:
+    """The memory of a removed instance comes back, however long engines keep its files open."""
+    segment = path_lab.segment(4096)
+    path_lab.write(segment, {0: bytes(range(256)) * 16, 1: b"x" * 4096})
+    with path_lab.file(segment, ".dat").open("rb") as kept:
+        assert os.fstat(kept.fileno()).st_blocks * 512 >= 8192
+        path_lab.storage.drop_segment(segment)
+        assert os.fstat(kept.fileno()).st_blocks == 0
