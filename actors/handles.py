@@ -32,7 +32,7 @@ from kvcm_ray.errors import Fenced, GroupNotFound, KvcmError, Unavailable
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 10.0
-CALLS_IN_FLIGHT_MAX = 4
+CALLS_IN_FLIGHT_MAX = 2  #: more make calls smaller, and a call costs the same however full it is
 CALL_REQUESTS_MAX = 256
 RETRY_FIRST_S, RETRY_LAST_S = 0.02, 0.3
 

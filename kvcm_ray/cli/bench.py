@@ -80,12 +80,18 @@ def _some_manager(target: Target) -> Iterator[str]:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """The rows as a table, the rest below it."""
-    rows = result.get("rows", [])
-    headings = list(dict.fromkeys(name for row in rows for name in row))
-    shown = table(headings, [[_short(row.get(name, "")) for name in headings] for row in rows])
-    rest = [f"{name}: {_short(value)}" for name, value in result.items() if name != "rows"]
-    return [*shown, "", *rest] if rest else shown
+    """Lists of rows as tables, the rest below them."""
+    out: list[str] = []
+    rest = []
+    for name, value in result.items():
+        if not (isinstance(value, list) and value and isinstance(value[0], dict)):
+            rest.append(f"{name}: {_short(value)}")
+            continue
+        headings = list(dict.fromkeys(key for row in value for key in row))
+        if name != "rows":
+            out.append(f"{name}:")
+        out += [*table(headings, [[_short(row.get(key, "")) for key in headings] for row in value]), ""]
+    return [*out, *rest]
 
 
 def _short(value: Any) -> Any:

@@ -19,7 +19,7 @@ PAGE_HEADER_BYTES = 16
 META_MAGIC = 0xBEEFC0DE
 META_VERSION = 1
 RESERVE_BYTES = 1 << 20  #: of a small index
-RESERVE_BYTES_MAX = 16 << 20
+RESERVE_BYTES_MAX = 8 << 20
 #: magic u32, version u32, address u64, map size u64; two database records, the first of which
 #: begins with the page size u32; then last page u64, transaction number u64.
 _META = struct.Struct("<IIQQI92xQQ")
