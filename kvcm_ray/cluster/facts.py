@@ -10,12 +10,16 @@ import dataclasses
 import fcntl
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvcm_ray.actors.paths import manager_file, resolve
 from kvcm_ray.errors import InUse, InvalidArgument
 from kvcm_ray.index.lock import process_start, process_state
+
+#: A killed process counts as ended a moment before the kernel has closed its files.
+RELEASE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +103,21 @@ class DataDirLock:
         except OSError as error:
             raise InvalidArgument(f"{data_dir} cannot be a data directory: {error}") from error
         self._data_dir = data_dir
+        deadline = time.monotonic() + RELEASE_TIMEOUT_S
+        while not self._try():
+            owner = read_owner(data_dir)
+            if owner is None or owner.alive or time.monotonic() > deadline:
+                os.close(self._fd)
+                remedy = f"`kvcm down --data-dir {data_dir}` stops it; another one needs another --data-dir."
+                raise InUse(_owned(data_dir), hint=remedy)
+            time.sleep(0.05)
+
+    def _try(self) -> bool:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._fd)
-            remedy = f"`kvcm down --data-dir {data_dir}` stops it; another one needs another --data-dir."
-            raise InUse(_owned(data_dir), hint=remedy) from None
+            return False
+        return True
 
     def name_owner(self, owner: Owner) -> None:
         text = json.dumps(dataclasses.asdict(owner)).encode()

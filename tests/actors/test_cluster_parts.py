@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -84,6 +85,16 @@ def test_lock_names_its_owner(tmp_path: Path) -> None:
     lock.release()
     assert read_owner(tmp_path) is None
     DataDirLock(tmp_path).release()
+
+
+def test_lock_waits_for_the_files_of_a_killed_owner(tmp_path: Path) -> None:
+    """Its process is gone already, its lock not yet."""
+    dying = DataDirLock(tmp_path)
+    dying.name_owner(Owner(os.getpid(), 1, "id", "/tmp/kvcm-x"))  # that process is not this one
+    threading.Timer(0.3, lambda: os.close(dying._fd)).start()
+    began = time.monotonic()
+    DataDirLock(tmp_path).release()
+    assert time.monotonic() - began > 0.2
 
 
 def test_a_zombie_is_no_process() -> None:
