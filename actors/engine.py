@@ -95,7 +95,6 @@ class GroupEngine:
         #: Segments of each open instance by id, as the index has them.
         self._segments: dict[str, dict[int, Segment]] = {}
         self._dropped: list[Segment] = []
-        self._failure: KvcmError = KvcmError()  #: why the last transaction failed, if one did
         self.state = GroupState(group, storages)
         self.configure(group, storages)
         for info in instances:
@@ -201,15 +200,17 @@ class GroupEngine:
         now = now or Now.read()
         names = {request.instance_id for request in requests}
         replies = self._answer_all(requests, now, names)
-        if len(names) == 1 or self.fenced or replies is not None:
-            return replies if replies is not None else [self._failure] * len(requests)
+        if not isinstance(replies, KvcmError):
+            return replies
+        answers: list[Reply | KvcmError] = [replies] * len(requests)
+        if len(names) == 1 or self.fenced:
+            return answers
         # Somebody's storage or index is in trouble. Each instance for itself, so that only they fail.
-        answers: list[Reply | KvcmError] = [self._failure] * len(requests)
         for name in sorted(names):
             index = [i for i, request in enumerate(requests) if request.instance_id == name]
             own = self._answer_all([requests[i] for i in index], now, {name})
             for position, i in enumerate(index):
-                answers[i] = self._failure if own is None else own[position]
+                answers[i] = own if isinstance(own, KvcmError) else own[position]
         return answers
 
     def tick(self, now: Now | None = None) -> KvcmError | None:
@@ -261,33 +262,33 @@ class GroupEngine:
             txn.perform(effects)
             return []
 
-        return None if self._transact(handle, touched) is not None else self._failure
+        done = self._transact(handle, touched)
+        return done if isinstance(done, KvcmError) else None
 
     def _answer_all(
         self, requests: Sequence[Request], now: Now, names: set[str]
-    ) -> list[Reply | KvcmError] | None:
+    ) -> list[Reply | KvcmError] | KvcmError:
         return self._transact(lambda txn: [self._answer(txn, r, now) for r in requests], names)
 
     def _transact(
         self, work: Callable[[Transaction], list[Reply | KvcmError]], names: set[str]
-    ) -> list[Reply | KvcmError] | None:
+    ) -> list[Reply | KvcmError] | KvcmError:
         """Run `work`, which touches these instances, in a transaction.
 
-        Returns its result. None if it or its commit failed: nothing is done, `_failure` says why, and
-        the state of the instances is what the index says.
+        Returns its result. The error if it or its commit failed: then nothing is done, and the state of
+        the instances is what the index says.
         """
         if self.fenced:
-            self._failure = Fenced("a newer incarnation owns the group's indexes")
-            return None
+            return Fenced("a newer incarnation owns the group's indexes")
         transaction = Transaction(self._writers, self._create_segment)
         try:
             with transaction:
                 replies = work(transaction)
         except Exception as cause:
-            self._failure = cause if isinstance(cause, KvcmError) else _internal(cause)
-            log.warning("group %s: nothing done: %s", self.group.name, self._failure)
-            self._rebuild(self._failure, names)
-            return None
+            failure = cause if isinstance(cause, KvcmError) else _internal(cause)
+            log.warning("group %s: nothing done: %s", self.group.name, failure)
+            self._rebuild(failure, names)
+            return failure
         for instance_id, segment in transaction.created:
             self._segments[instance_id][segment.segment_id] = segment
         for instance_id, segment_id in transaction.dropped:

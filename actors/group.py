@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 
+from kvcm_ray.actors import detached
 from kvcm_ray.actors.names import NAMESPACE, group_actor_name, reclaimer_name
 from kvcm_ray.actors.reclaimer import RECLAIMERS_DEFAULT
 from kvcm_ray.actors.service import Answers, ErasureDone, GroupService
@@ -128,14 +129,5 @@ class GroupActor:
 
 def get_or_create(data_dir: str, name: str, reclaimers: int) -> Any:
     """Handle of the group's actor, which is made if there is none."""
-    actor = ray.remote(GroupActor)
-    return actor.options(
-        name=group_actor_name(name),
-        namespace=NAMESPACE,
-        lifetime="detached",
-        get_if_exists=True,
-        num_cpus=0,
-        max_restarts=-1,
-        max_task_retries=0,
-        max_concurrency=1000,
-    ).remote(data_dir, name, reclaimers)
+    name_of_actor = group_actor_name(name)
+    return detached.get_or_create(GroupActor, name_of_actor, data_dir, name, reclaimers, max_concurrency=1000)

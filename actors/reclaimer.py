@@ -32,8 +32,6 @@ class ReclaimerBody:
         self._view = view
         self._readers: dict[str, IndexReader] = {}
         self._adapters: dict[str, tuple[StorageConfig, StorageAdapter]] = {}
-        self.erased_blocks = 0
-        self.freed_bytes = 0
 
     def erase(self, index_path: str, trash_ids: Sequence[int]) -> tuple[list[int], str]:
         """Erase the blocks of these trash records.
@@ -69,8 +67,7 @@ class ReclaimerBody:
             if adapter is None:
                 continue  # the storage was removed by force, and its blocks with it
             part = locations.take(locations.segment == segment_id)
-            self.freed_bytes += adapter.delete(segment, part.slot, part.generation)
-            self.erased_blocks += len(part)
+            adapter.delete(segment, part.slot, part.generation)
 
     def _reader(self, index_path: str) -> IndexReader | None:
         reader = self._readers.get(index_path)

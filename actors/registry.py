@@ -15,8 +15,8 @@ from typing import Any
 
 import ray
 
-from kvcm_ray.actors import group, paths
-from kvcm_ray.actors.names import NAMESPACE, REGISTRY, group_actor_name, reclaimer_name
+from kvcm_ray.actors import detached, group, paths
+from kvcm_ray.actors.names import REGISTRY, group_actor_name, reclaimer_name
 from kvcm_ray.actors.reclaimer import RECLAIMERS_DEFAULT, Reclaimer
 from kvcm_ray.actors.registry_body import RegistryBody
 from kvcm_ray.actors.sweep import remove_leftovers
@@ -128,16 +128,7 @@ class Registry:
 
 
 def _reclaimer(data_dir: str, number: int) -> Any:
-    actor = ray.remote(Reclaimer)
-    return actor.options(
-        name=reclaimer_name(number),
-        namespace=NAMESPACE,
-        lifetime="detached",
-        get_if_exists=True,
-        num_cpus=0,
-        max_restarts=-1,
-        max_task_retries=0,
-    ).remote(data_dir, number)
+    return detached.get_or_create(Reclaimer, reclaimer_name(number), data_dir, number)
 
 
 def _node_facts() -> dict[str, Any]:
@@ -156,13 +147,4 @@ def _cause(error: ray.exceptions.RayTaskError) -> KvcmError:
 
 def get_or_create(data_dir: Path, reclaimers: int = RECLAIMERS_DEFAULT) -> Any:
     """Handle of the registry actor of this Ray cluster; it is made if there is none."""
-    actor = ray.remote(Registry)
-    return actor.options(
-        name=REGISTRY,
-        namespace=NAMESPACE,
-        lifetime="detached",
-        get_if_exists=True,
-        num_cpus=0,
-        max_restarts=-1,
-        max_task_retries=0,
-    ).remote(str(data_dir), reclaimers)
+    return detached.get_or_create(Registry, REGISTRY, str(data_dir), reclaimers)

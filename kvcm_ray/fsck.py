@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -309,20 +309,9 @@ def _take(reader: IndexReader) -> _Snapshot:
     return _Snapshot(
         segments,
         np.concatenate(keys) if keys else np.zeros(0, np.int64),
-        _joined(parts),
+        BlockLocations.joined(parts),
         others,
         settled,
-    )
-
-
-def _joined(parts: Iterable[BlockLocations]) -> BlockLocations:
-    parts = list(parts)
-    if not parts:
-        return BlockLocations.empty()
-    return BlockLocations(
-        np.concatenate([part.segment for part in parts]),
-        np.concatenate([part.slot for part in parts]),
-        np.concatenate([part.generation for part in parts]),
     )
 
 
@@ -338,7 +327,7 @@ def _check_counters(reader: IndexReader, snapshot: _Snapshot, findings: Findings
         return
     # A session names a slot once for each time its key was given, so count it once.
     whole = [snapshot.serving, *(_unique(part) for part in snapshot.others)]
-    places = _places(_joined(whole))
+    places = _places(BlockLocations.joined(whole))
     twice = len(places) - len(np.unique(places))
     if twice:
         findings.counters.append(f"{twice} slots are named by two records")

@@ -127,14 +127,9 @@ def _read(adapter: StorageAdapter, segment: Segment) -> _Found:
 
 def _joined(parts: list[_Found]) -> _Found:
     parts = [_Found(np.zeros(0, np.int64), BlockLocations.empty(), np.zeros(0, np.bool_)), *parts]
-    locations = [part.locations for part in parts]
     return _Found(
         np.concatenate([part.keys for part in parts]),
-        BlockLocations(
-            np.concatenate([at.segment for at in locations]),
-            np.concatenate([at.slot for at in locations]),
-            np.concatenate([at.generation for at in locations]),
-        ),
+        BlockLocations.joined([part.locations for part in parts]),
         np.concatenate([part.whole for part in parts]),
     )
 

@@ -1,0 +1,31 @@
+"""How every actor of ours is made: named, detached, restarted by Ray without limit, found if it exists.
+
+Ray repeats no call by itself: the handles do, with the same event id.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from kvcm_ray.actors.names import NAMESPACE
+
+
+def get_or_create(cls: type, name: str, *args: Any, **options: Any) -> Any:
+    """Handle of the actor `name`, made of `cls` and `args` if there is none.
+
+    Args:
+        options: more of Ray's actor options.
+    """
+    actor: Any = ray.remote(cls)
+    return actor.options(
+        name=name,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=0,
+        **options,
+    ).remote(*args)
