@@ -18,14 +18,6 @@ def get_or_create(cls: type, name: str, *args: Any, **options: Any) -> Any:
     Args:
         options: more of Ray's actor options.
     """
-    actor: Any = ray.remote(cls)
-    return actor.options(
-        name=name,
-        namespace=NAMESPACE,
-        lifetime="detached",
-        get_if_exists=True,
-        num_cpus=0,
-        max_restarts=-1,
-        max_task_retries=0,
-        **options,
-    ).remote(*args)
+    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, **options)(cls)
+    named = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+    return actor.options(**named).remote(*args)

@@ -14,39 +14,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from kvcm_ray.actors.facts import Facts, Now
 from kvcm_ray.actors.opening import open_instance_index
 from kvcm_ray.actors.paths import index_dir
 from kvcm_ray.actors.perform import Transaction
 from kvcm_ray.actors.sweep import drop_segments_of
-from kvcm_ray.core.events import (
-    DeletesConfirmed,
-    Event,
-    FinishWriteEvent,
-    GetMetaEvent,
-    RemoveEvent,
-    StartWriteEvent,
-    Tick,
-    TouchEvent,
-)
+from kvcm_ray.core.events import DeletesConfirmed, Event, ReclaimEvent, Tick, Want
 from kvcm_ray.core.group import GroupState
 from kvcm_ray.core.model import InstanceGroup, InstanceInfo, Segment, StorageConfig
-from kvcm_ray.core.records import TrashRecord
-from kvcm_ray.core.requests import (
-    FinishWrite,
-    GetMeta,
-    RemoveBlocks,
-    Reply,
-    Request,
-    StartWrite,
-    Touch,
-    TrimInstance,
-)
+from kvcm_ray.core.reclaim import want_of
+from kvcm_ray.core.records import SessionRecord, TrashRecord
+from kvcm_ray.core.requests import Flags, Reply, Request, StartWrite
 from kvcm_ray.errors import Fenced, InstanceNotFound, InvalidArgument, KvcmError, NoStorageAvailable
 from kvcm_ray.index import IndexWriter
 from kvcm_ray.storage_adapters import SegmentOwner, StorageAdapter, open_storage
@@ -54,16 +38,19 @@ from kvcm_ray.storage_adapters import SegmentOwner, StorageAdapter, open_storage
 log = logging.getLogger(__name__)
 
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+REFUSALS_MAX = 4  #: waiting writes of an instance that are tried in vain before the others are left
+
+
 @dataclass(frozen=True, slots=True)
-class Now:
-    """The time of an event: milliseconds of CLOCK_MONOTONIC, unix seconds."""
+class Moved:
+    """What became of a copying session; `copied` is None if nothing is known of it."""
 
-    ms: int
-    s: int
-
-    @staticmethod
-    def read() -> Now:
-        return Now(time.monotonic_ns() // 1_000_000, int(time.time()))
+    instance_id: str
+    session_id: str
+    copied: Flags | None
 
 
 class GroupEngine:
@@ -95,6 +82,7 @@ class GroupEngine:
         #: Segments of each open instance by id, as the index has them.
         self._segments: dict[str, dict[int, Segment]] = {}
         self._dropped: list[Segment] = []
+        self._failed_storage = ""  #: the last that could not make a segment
         self.state = GroupState(group, storages)
         self.configure(group, storages)
         for info in instances:
@@ -130,11 +118,17 @@ class GroupEngine:
         """Directory of an open instance's index."""
         return index_dir(self.data_dir, self._infos[instance_id])
 
+    def uid(self, instance_id: str) -> str:
+        """Of the registration that is open; "" if none is."""
+        info = self._infos.get(instance_id)
+        return info.uid if info is not None else ""
+
     def is_shared_memory(self, storage: str) -> bool:
         return storage in self._storages and self._storages[storage].is_shared_memory
 
     def open_instance(self, info: InstanceInfo) -> None:
-        """Open (or make) the instance's index and take it into the state. Idempotent.
+        """Open (or make) the instance's index and take it into the state. Idempotent; what changed
+        of a registration (user data, retirement) acts from then on.
 
         Raises:
             InvalidArgument: another registration of that id is open.
@@ -144,6 +138,9 @@ class GroupEngine:
         if known is not None:
             if known.uid != info.uid:
                 raise InvalidArgument(f"instance {info.instance_id!r} is open under another uid")
+            if known != info:
+                self._infos[info.instance_id] = info
+                self.state.set_instance(info)
             return
         writer = open_instance_index(
             index_dir(self.data_dir, info), info, self.group.durability, self.open_adapters()
@@ -190,50 +187,126 @@ class GroupEngine:
     # ---------------------------------------------------------------------------------- batches
 
     def submit_batch(
-        self, requests: Sequence[Request], now: Now | None = None
+        self, requests: Sequence[Request], now: Now | None = None, ahead_bytes: int = 0
     ) -> list[Reply | KvcmError]:
         """Answer many requests with one commit for each touched instance.
 
         Returns one reply or one error value for each request, in order. A failed commit or a storage
         that cannot make a segment fails the requests of its instance in the batch, and changes nothing.
+
+        Args:
+            ahead_bytes: room that writes among them must leave, because others wait for it.
         """
         now = now or Now.read()
-        names = {request.instance_id for request in requests}
-        replies = self._answer_all(requests, now, names)
-        if not isinstance(replies, KvcmError):
-            return replies
-        answers: list[Reply | KvcmError] = [replies] * len(requests)
-        if len(names) == 1 or self.fenced:
+
+        def work(txn: Transaction, part: Sequence[Request]) -> list[Reply | KvcmError]:
+            facts = Facts(txn, self.state, now, ahead_bytes)
+            return [self._answer(facts, request) for request in part]
+
+        return self._isolated(requests, lambda request: request.instance_id, work)
+
+    def submit_waiting(
+        self, waiting: Sequence[tuple[StartWrite, Want]], ahead_bytes: int = 0, now: Now | None = None
+    ) -> list[Reply | KvcmError | None]:
+        """Try writes that wait for room, each of which must leave room for those before it, and for
+        `ahead_bytes` that were before all of them.
+
+        Returns one answer for each; None for those that were not tried, as several of their instance
+        were refused before them.
+        """
+        now = now or Now.read()
+
+        def work(txn: Transaction, part: Sequence[tuple[StartWrite, Want]]) -> list[Reply | KvcmError | None]:
+            answers: list[Reply | KvcmError | None] = []
+            refusals: Counter[str] = Counter()
+            ahead = ahead_bytes
+            for request, want in part:
+                answer: Reply | KvcmError | None = None
+                stays: Want | None = want  # it goes on waiting, with this
+                if refusals[want.instance_id] < REFUSALS_MAX:
+                    answer = self._answer(Facts(txn, self.state, now, ahead), request)
+                    stays = want_of(want.instance_id, answer) if isinstance(answer, KvcmError) else None
+                if stays is not None:
+                    refusals[want.instance_id] += 1
+                    ahead += stays.nbytes
+                answers.append(answer)
             return answers
-        # Somebody's storage or index is in trouble. Each instance for itself, so that only they fail.
-        for name in sorted(names):
-            index = [i for i, request in enumerate(requests) if request.instance_id == name]
-            own = self._answer_all([requests[i] for i in index], now, {name})
-            for position, i in enumerate(index):
-                answers[i] = own if isinstance(own, KvcmError) else own[position]
-        return answers
+
+        return self._isolated(waiting, lambda pair: pair[1].instance_id, work)
 
     def tick(self, now: Now | None = None) -> KvcmError | None:
         """Expire sessions whose deadline is reached, a bounded number in one commit; the error is
         the commit's. ``state.next_session_ms`` tells whether there are more."""
-        return self._event(Tick((now or Now.read()).ms))
+        done = self._event(Tick((now or Now.read()).ms))
+        return done if isinstance(done, KvcmError) else None
+
+    def reclaim(self, now: Now | None = None, wants: Sequence[Want] = ()) -> bool | KvcmError:
+        """Make room: one bounded step in one commit.
+
+        Returns True if something was done. The error is the commit's, or that of a storage that could
+        make no segment; the next steps do without such a storage for a while.
+        """
+        now = now or Now.read()
+        return self._event(ReclaimEvent(now.ms, now.s, tuple(wants)))
+
+    def settle(
+        self,
+        erased: Mapping[str, Sequence[int]],
+        moved: Sequence[Moved] = (),
+        now: Now | None = None,
+    ) -> KvcmError | None:
+        """Take what reclaimers report, in one commit: trash ids by instance whose bytes are gone, and
+        sessions that were copied. Instances and sessions that are gone too are no error."""
+        now = now or Now.read()
+        parts = [(name, tuple(ids)) for name, ids in erased.items() if name in self._infos and ids]
+        for part in parts:
+            self._mend(*part)
+        items: list[tuple[str, tuple[int, ...] | Moved]] = [
+            *parts, *((m.instance_id, m) for m in moved if m.instance_id in self._infos),
+        ]  # fmt: skip
+
+        def work(
+            txn: Transaction, part: Sequence[tuple[str, tuple[int, ...] | Moved]]
+        ) -> list[KvcmError | None]:
+            facts = Facts(txn, self.state, now)
+            for name, item in part:
+                event: Event | None = (
+                    facts.moved(name, item.session_id, item.copied)
+                    if isinstance(item, Moved)
+                    else DeletesConfirmed(name, item, now.ms)
+                )
+                if event is not None:
+                    txn.perform(self.state.handle(event).effects)
+            return [None] * len(part)
+
+        done = self._isolated(items, lambda item: item[0], work)
+        return next((error for error in done if error is not None), None)
 
     def confirm_deletes(
         self, instance_id: str, trash_ids: tuple[int, ...], now: Now | None = None
     ) -> KvcmError | None:
-        """The bytes of these trash records are gone. An instance that is gone too is no error."""
-        if instance_id not in self._infos:
-            return None
-        self._mend(instance_id, trash_ids)
-        return self._event(DeletesConfirmed(instance_id, trash_ids, (now or Now.read()).ms))
+        """The bytes of these trash records are gone; see `settle`."""
+        return self.settle({instance_id: trash_ids}, (), now)
+
+    def moved(
+        self, instance_id: str, session_id: str, copied: Flags | None, now: Now | None = None
+    ) -> KvcmError | None:
+        """A copying session has ended; see `settle`."""
+        return self.settle({}, [Moved(instance_id, session_id, copied)], now)
+
+    def due_moves(self, limit: int) -> list[SessionRecord]:
+        """Sessions to be copied by a reclaimer; each is handed out once, again after a rebuild."""
+        return self.state.due_moves(limit)
+
+    def set_paused(self, paused: bool) -> None:
+        """Paused, nothing is evicted or moved, and neither trash nor moves are handed out."""
+        self.state.paused = paused
 
     def due_trash(self, limit: int = 64, now: Now | None = None) -> list[TrashRecord]:
         """Trash to be erased now. Each record is handed out once, until it failed or a rebuild."""
         return self.state.due_trash((now or Now.read()).ms, limit)
 
-    def trash_failed(
-        self, instance_id: str, trash_ids: tuple[int, ...], now: Now | None = None
-    ) -> None:
+    def trash_failed(self, instance_id: str, trash_ids: tuple[int, ...], now: Now | None = None) -> None:
         """Erasing these failed: `due_trash` hands them out again after a pause."""
         self.state.trash_failed(instance_id, trash_ids, (now or Now.read()).ms)
 
@@ -247,32 +320,57 @@ class GroupEngine:
 
     def usage(self) -> dict[str, Any]:
         """`GroupState.usage` plus what the shell knows: plain JSON values."""
-        index = {name: dataclasses.asdict(w.stats()) for name, w in self._writers.items()}
-        broken = {name: error.to_dict() for name, error in self.broken.items()}
-        return {**self.state.usage(), "fenced": self.fenced, "index": index, "broken": broken}
+        return {
+            **self.state.usage(),
+            "fenced": self.fenced,
+            "index": {name: dataclasses.asdict(w.stats()) for name, w in self._writers.items()},
+            "broken": {name: error.to_dict() for name, error in self.broken.items()},
+        }
+
+    def capacity(self, now: Now | None = None) -> dict[str, Any]:
+        """The capacity report; see `GroupState.capacity`."""
+        now = now or Now.read()
+        return self.state.capacity(now.ms, now.s)
 
     # --------------------------------------------------------------------------------- internals
 
-    def _event(self, event: Event) -> KvcmError | None:
+    def _event(self, event: Event) -> bool | KvcmError:
+        """Handle what is nobody's request, in one commit; True if it had effects."""
         touched: set[str] = set()
 
-        def handle(txn: Transaction) -> list[Reply | KvcmError]:
+        def work(txn: Transaction) -> bool:
             effects = self.state.handle(event).effects
             touched.update(effect.instance_id for effect in effects)
             txn.perform(effects)
-            return []
+            return bool(effects)
 
-        done = self._transact(handle, touched)
-        return done if isinstance(done, KvcmError) else None
+        return self._transact(work, touched)
 
-    def _answer_all(
-        self, requests: Sequence[Request], now: Now, names: set[str]
-    ) -> list[Reply | KvcmError] | KvcmError:
-        return self._transact(lambda txn: [self._answer(txn, r, now) for r in requests], names)
+    def _isolated(
+        self,
+        items: Sequence[T],
+        instance_of: Callable[[T], str],
+        work: Callable[[Transaction, Sequence[T]], list[R]],
+    ) -> list[R | KvcmError]:
+        """Do `work`, which gives one result for each item, in one transaction for all instances; if
+        that fails, in one for each, so that only those in trouble fail. It is also done again if a
+        storage failed: there may be others."""
+        names = {instance_of(item) for item in items}
+        results: list[R] | KvcmError = self._transact(lambda txn: work(txn, items), names)
+        if not isinstance(results, KvcmError):
+            return [*results]
+        answers: list[R | KvcmError] = [results] * len(items)
+        if (len(names) == 1 and not self._failed_storage) or self.fenced:
+            return answers
+        for name in sorted(names):
+            index = [i for i, item in enumerate(items) if instance_of(item) == name]
+            part = [items[i] for i in index]
+            own = self._transact(lambda txn, part=part: work(txn, part), {name})  # type: ignore[misc]
+            for position, i in enumerate(index):
+                answers[i] = own if isinstance(own, KvcmError) else own[position]
+        return answers
 
-    def _transact(
-        self, work: Callable[[Transaction], list[Reply | KvcmError]], names: set[str]
-    ) -> list[Reply | KvcmError] | KvcmError:
+    def _transact(self, work: Callable[[Transaction], R], names: set[str]) -> R | KvcmError:
         """Run `work`, which touches these instances, in a transaction.
 
         Returns its result. The error if it or its commit failed: then nothing is done, and the state of
@@ -280,38 +378,45 @@ class GroupEngine:
         """
         if self.fenced:
             return Fenced("a newer incarnation owns the group's indexes")
+        self._failed_storage = ""
         transaction = Transaction(self._writers, self._create_segment)
         try:
             with transaction:
-                replies = work(transaction)
+                result = work(transaction)
         except Exception as cause:
             failure = cause if isinstance(cause, KvcmError) else _internal(cause)
             log.warning("group %s: nothing done: %s", self.group.name, failure)
             self._rebuild(failure, names)
+            if self._failed_storage:
+                self.state.storage_failed(self._failed_storage, Now.read().ms)
             return failure
         for instance_id, segment in transaction.created:
             self._segments[instance_id][segment.segment_id] = segment
         for instance_id, segment_id in transaction.dropped:
             self._dropped.append(self._segments[instance_id].pop(segment_id))
-        return replies
+        return result
 
-    def _answer(self, txn: Transaction, request: Request, now: Now) -> Reply | KvcmError:
+    def _answer(self, facts: Facts, request: Request) -> Reply | KvcmError:
         if request.instance_id not in self._infos:
             return self.broken.get(request.instance_id) or InstanceNotFound(
                 f"instance {request.instance_id!r} is not open in group {self.group.name!r}"
             )
-        full = txn.index(request.instance_id).full
+        full = facts.txn.index(request.instance_id).full
         if full is not None and isinstance(request, StartWrite):
             return full  # before the state changes, so that a full disk costs no rebuild
-        outcome = self.state.handle(_EVENTS[type(request)](txn, request, now))
-        txn.perform(outcome.effects)
+        outcome = self.state.handle(facts.event(request))
+        facts.txn.perform(outcome.effects)
         assert outcome.reply is not None
         return outcome.reply
 
     def _create_segment(self, instance_id: str, segment: Segment) -> None:
         info = self._infos[instance_id]
         owner = SegmentOwner(self.group.name, instance_id, info.uid)
-        self.adapter(segment.storage).create_segment(segment, owner)
+        try:
+            self.adapter(segment.storage).create_segment(segment, owner)
+        except KvcmError:
+            self._failed_storage = segment.storage
+            raise
 
     def _mend(self, instance_id: str, trash_ids: tuple[int, ...]) -> None:
         """Make files anew that vanished from below slots about to be free, or nobody could ever
@@ -341,7 +446,8 @@ class GroupEngine:
     def _load(self, info: InstanceInfo) -> None:
         recovered = self._writers[info.instance_id].recover()
         self._segments[info.instance_id] = {s.segment_id: s for s in recovered.segments}
-        self.state.open_instance(info, recovered)
+        now = Now.read()
+        self.state.open_instance(info, recovered, now.ms, now.s)
 
     def _set_broken(self, info: InstanceInfo, error: KvcmError) -> None:
         """Its index can be read no more; refuse its requests until `open_instance` works again."""
@@ -379,48 +485,3 @@ def _internal(cause: Exception) -> KvcmError:
     """A defect of ours: told to the caller as an error, and to the log with its place."""
     log.error("internal error", exc_info=cause)
     return KvcmError(f"internal error: {type(cause).__name__}: {cause}")
-
-
-# ------------------------------------------------------------------- requests as events, with facts
-
-
-def _start(txn: Transaction, request: StartWrite, now: Now) -> Event:
-    exists, _ = txn.index(request.instance_id).lookup(request.keys)
-    return StartWriteEvent(request, exists, now.ms, now.s)
-
-
-def _finish(txn: Transaction, request: FinishWrite, now: Now) -> Event:
-    return FinishWriteEvent(request, now.ms, now.s)
-
-
-def _remove(txn: Transaction, request: RemoveBlocks, now: Now) -> Event:
-    hits, found = txn.index(request.instance_id).lookup(request.keys)
-    return RemoveEvent(request.event_id, request.instance_id, request.keys, hits, found, now.ms)
-
-
-def _trim(txn: Transaction, request: TrimInstance, now: Now) -> Event:
-    index = txn.index(request.instance_id)
-    keys = index.select_written(request.begin_s, request.end_s)
-    hits, found = index.lookup(keys)
-    return RemoveEvent(
-        request.event_id, request.instance_id, keys, hits, found, now.ms, request.drop_sessions
-    )
-
-
-def _get_meta(txn: Transaction, request: GetMeta, now: Now) -> Event:
-    hits, found = txn.index(request.instance_id).lookup(request.keys)
-    return GetMetaEvent(request.instance_id, request.keys, hits, found)
-
-
-def _touch(txn: Transaction, request: Touch, now: Now) -> Event:
-    return TouchEvent(request.instance_id, request.keys, request.lookups, now.ms)
-
-
-_EVENTS: dict[type, Callable[..., Event]] = {
-    StartWrite: _start,
-    FinishWrite: _finish,
-    RemoveBlocks: _remove,
-    TrimInstance: _trim,
-    GetMeta: _get_meta,
-    Touch: _touch,
-}

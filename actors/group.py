@@ -11,80 +11,24 @@ import asyncio
 import logging
 import os
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import ray
 
 from kvcm_ray.actors import detached
-from kvcm_ray.actors.names import NAMESPACE, group_actor_name, reclaimer_name
-from kvcm_ray.actors.reclaimer import RECLAIMERS_DEFAULT
-from kvcm_ray.actors.service import Answers, ErasureDone, GroupService
+from kvcm_ray.actors.names import group_actor_name
+from kvcm_ray.actors.pool import RayPool
+from kvcm_ray.actors.service import Answers, GroupService
 from kvcm_ray.actors.view import RegistryView
-from kvcm_ray.core.requests import Request
+from kvcm_ray.actors.waiting import WRITES_MAX
+from kvcm_ray.core.requests import Reply, Request, StartWrite
+from kvcm_ray.errors import KvcmError
 
 log = logging.getLogger(__name__)
 
 END_EXIT_CODE = 75
-
-
-class RayEraser:
-    """Sends trash to the pool of reclaimers: each record always to the same one."""
-
-    def __init__(self, reclaimers: int = RECLAIMERS_DEFAULT) -> None:
-        self._count = reclaimers
-        self._handles: dict[int, Any] = {}
-
-    def erase(self, index_path: str, trash_ids: Sequence[int], done: ErasureDone) -> None:
-        parts = [[i for i in trash_ids if i % self._count == n] for n in range(self._count)]
-        asked = [number for number, part in enumerate(parts) if part]
-        gather = _Gather(len(asked), done)
-        for number in asked:
-            self._send(number, index_path, parts[number], gather.part)
-
-    def _send(self, number: int, index_path: str, ids: list[int], done: ErasureDone) -> None:
-        def failed(error: Exception) -> None:
-            self._handles.pop(number, None)
-            done([], f"{reclaimer_name(number)}: {error}")
-
-        def finished(future: Any) -> None:
-            try:
-                erased, problem = future.result()
-            except Exception as error:
-                failed(error)
-            else:
-                done(erased, problem)
-
-        try:
-            if number not in self._handles:
-                name = reclaimer_name(number)
-                self._handles[number] = ray.get_actor(name, namespace=NAMESPACE)
-            ref = self._handles[number].erase.remote(index_path, ids)
-        except Exception as error:
-            failed(error)
-        else:
-            ref.future().add_done_callback(finished)
-
-
-class _Gather:
-    """Joins the reclaimers' answers to one."""
-
-    def __init__(self, parts: int, done: ErasureDone) -> None:
-        self._missing = parts
-        self._done = done
-        self._erased: list[int] = []
-        self._problem = ""
-        self._lock = threading.Lock()
-
-    def part(self, erased: list[int], problem: str) -> None:
-        with self._lock:
-            self._erased += erased
-            self._problem = self._problem or problem
-            self._missing -= 1
-            last = self._missing == 0
-        if last:
-            self._done(self._erased, self._problem)
+WAITING = "waiting"  #: concurrency group of its own, so that writes that wait hold nobody up
 
 
 class GroupActor:
@@ -93,15 +37,14 @@ class GroupActor:
     Args:
         data_dir: data directory of the manager.
         name: the group, registered already.
-        reclaimers: size of the pool.
     """
 
-    def __init__(self, data_dir: str, name: str, reclaimers: int = RECLAIMERS_DEFAULT) -> None:
+    def __init__(self, data_dir: str, name: str) -> None:
         # The loop's thread and Ray's threads hand over often; the default of 5 ms would show.
         sys.setswitchinterval(0.0005)
         self._name = name
         view = RegistryView(data_dir)
-        self._service = GroupService(view, name, RayEraser(reclaimers), self._end)
+        self._service = GroupService(view, name, RayPool(), self._end)
 
     def __repr__(self) -> str:
         return f"InstanceGroup({self._name})"
@@ -109,6 +52,12 @@ class GroupActor:
     async def submit(self, requests: Sequence[Request]) -> Answers:
         """One reply or one `KvcmError` value for each request, in order."""
         return await asyncio.wrap_future(self._service.submit(requests))
+
+    @ray.method(concurrency_group=WAITING)
+    async def submit_waiting(self, request: StartWrite, wait_ms: int) -> Reply | KvcmError:
+        """Of a write that was refused for want of room: the reply once there is some, or the last
+        refusal after `wait_ms`. Cancel the call to give up."""
+        return await asyncio.wrap_future(self._service.submit_waiting(request, wait_ms))
 
     async def refresh(self) -> None:
         """Read the registry again: configuration, storages, instances."""
@@ -122,12 +71,18 @@ class GroupActor:
         usage = await asyncio.wrap_future(self._service.usage())
         return {**usage, "pid": os.getpid()}
 
+    async def capacity(self) -> dict[str, Any]:
+        """The capacity report; see `GroupState.capacity`."""
+        return await asyncio.wrap_future(self._service.capacity())
+
     def _end(self, why: str) -> None:
         log.error("%r: %s; ending process %d", self, why, os.getpid())
         os._exit(END_EXIT_CODE)
 
 
-def get_or_create(data_dir: str, name: str, reclaimers: int) -> Any:
+def get_or_create(data_dir: str, name: str) -> Any:
     """Handle of the group's actor, which is made if there is none."""
-    name_of_actor = group_actor_name(name)
-    return detached.get_or_create(GroupActor, name_of_actor, data_dir, name, reclaimers, max_concurrency=1000)
+    return detached.get_or_create(
+        GroupActor, group_actor_name(name), data_dir, name,
+        max_concurrency=1000, concurrency_groups={WAITING: WRITES_MAX},
+    )  # fmt: skip

@@ -3,7 +3,8 @@
 `GroupHandle` lets concurrent calls ride together. A call costs about a millisecond of CPU whatever it
 carries, so requests that come while `CALLS_IN_FLIGHT_MAX` calls are out wait and go together in the next
 one. A request whose actor is restarting is sent again, with the same event id, until its deadline; the
-group makes sure that this has the effect of sending it once.
+group makes sure that this has the effect of sending it once. A write that is refused for want of room
+waits, in a call of its own, while the group makes some; the refusal is its answer if that takes too long.
 
 Handles are thread-safe, have an async and a blocking form, and need a connected Ray (`join`).
 """
@@ -23,10 +24,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    TaskCancelledError,
+)
 
 from kvcm_ray.actors.names import NAMESPACE, REGISTRY, group_actor_name
-from kvcm_ray.core.requests import Reply, Request
+from kvcm_ray.core.reclaim import want_of
+from kvcm_ray.core.requests import Reply, Request, StartWrite
 from kvcm_ray.errors import Fenced, GroupNotFound, KvcmError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -35,6 +43,8 @@ TIMEOUT_S = 10.0
 CALLS_IN_FLIGHT_MAX = 2  #: more make calls smaller, and a call costs the same however full it is
 CALL_REQUESTS_MAX = 256
 RETRY_FIRST_S, RETRY_LAST_S = 0.02, 0.3
+#: Left of a caller's time when a waiting write is answered, so that the caller learns the reason.
+ANSWER_S = 0.2
 
 
 @dataclass(slots=True)
@@ -97,6 +107,14 @@ class GroupHandle:
         except FutureTimeoutError:
             future.cancel()
             raise self._late(timeout_s) from None
+
+    async def capacity(self, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
+        """The capacity report; see `GroupState.capacity`."""
+        report = await _call_async(lambda: self._find().capacity.remote(), self._forget, timeout_s)
+        return dict(report)
+
+    def capacity_sync(self, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
+        return dict(_call_sync(lambda: self._find().capacity.remote(), self._forget, timeout_s))
 
     async def usage(self, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
         """What the group holds; see `GroupState.usage`."""
@@ -172,12 +190,43 @@ class GroupHandle:
             for pending, answer in zip(batch, answers, strict=True):
                 if isinstance(answer, Fenced):
                     stale.append(pending)
+                elif _waits(pending, answer):
+                    self._wait(pending, answer)
                 else:
                     pending.answer(answer)
             if stale:
                 self._forget()
                 self._again(stale, Fenced())
         self._pump()
+
+    def _wait(self, pending: _Pending, refusal: KvcmError) -> None:
+        """Let a write wait for room, in a call that no other request has to wait for."""
+        wait_ms = int((pending.deadline - time.monotonic() - ANSWER_S) * 1_000)
+        try:
+            ref = self._find().submit_waiting.remote(pending.request, wait_ms)
+        except (KvcmError, RayError):
+            pending.answer(refusal)
+            return
+        pending.future.add_done_callback(lambda future: ray.cancel(ref) if future.cancelled() else None)
+        ref.future().add_done_callback(lambda future: self._waited(pending, future))
+
+    def _waited(self, pending: _Pending, future: Any) -> None:
+        """Called by a thread of Ray's."""
+        try:
+            answer = future.result()
+        except TaskCancelledError:
+            return
+        except RayTaskError as error:
+            pending.answer(_cause(error))
+        except Exception as error:
+            self._forget()
+            self._again([pending], error)
+        else:
+            if isinstance(answer, Fenced):
+                self._forget()
+                self._again([pending], answer)
+            else:
+                pending.answer(answer)
 
     def _returned(self) -> None:
         with self._lock:
@@ -217,6 +266,15 @@ class GroupHandle:
         self._actor = None
 
 
+def _waits(pending: _Pending, answer: Reply | KvcmError) -> bool:
+    """Whether the answer refuses a write that may succeed later, with time enough left."""
+    if not isinstance(answer, KvcmError) or not isinstance(pending.request, StartWrite):
+        return False
+    if time.monotonic() + ANSWER_S >= pending.deadline or pending.future.cancelled():
+        return False
+    return want_of(pending.request.instance_id, answer) is not None
+
+
 class RegistryHandle:
     """Calls of the registry actor.
 
@@ -238,9 +296,7 @@ class RegistryHandle:
     def call_sync(self, method: str, *args: Any, timeout_s: float = TIMEOUT_S) -> Any:
         """Blocking twin of `call`."""
         event_id = secrets.token_hex(16)
-        return _call_sync(
-            lambda: self._find().call.remote(event_id, method, *args), self._forget, timeout_s
-        )
+        return _call_sync(lambda: self._find().call.remote(event_id, method, *args), self._forget, timeout_s)
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         if method.startswith("_"):

@@ -10,5 +10,6 @@ def group_actor_name(group: str) -> str:
     return f"group:{group}"
 
 
-def reclaimer_name(number: int) -> str:
-    return f"reclaimer:{number}"
+def reclaimer_name(number: int, pool_size: int) -> str:
+    """Names the size too, so that nobody reaches a reclaimer of an earlier pool by accident."""
+    return f"reclaimer:{number}.{pool_size}"

@@ -18,10 +18,15 @@ from kvcm_ray.core.effects import (
     AddBlocks,
     CreateSegment,
     DropBlocks,
+    DropCopies,
+    DropPin,
     DropSegment,
     DropSession,
     DropTrash,
     Effect,
+    MoveBlocks,
+    PutCopies,
+    PutPin,
     PutSession,
     PutTrash,
     RememberAnswer,
@@ -94,6 +99,21 @@ class Transaction:
     def _drop_blocks(self, effect: DropBlocks) -> None:
         self.index(effect.instance_id).remove_blocks(effect.keys)
 
+    def _move_blocks(self, effect: MoveBlocks) -> None:
+        self.index(effect.instance_id).move_blocks(effect.keys, effect.locations)
+
+    def _put_copies(self, effect: PutCopies) -> None:
+        self.index(effect.instance_id).put_copies(effect.keys, effect.locations)
+
+    def _drop_copies(self, effect: DropCopies) -> None:
+        self.index(effect.instance_id).drop_copies(effect.keys)
+
+    def _put_pin(self, effect: PutPin) -> None:
+        self.index(effect.instance_id).put_pin(effect.record)
+
+    def _drop_pin(self, effect: DropPin) -> None:
+        self.index(effect.instance_id).drop_pin(effect.name)
+
     def _put_trash(self, effect: PutTrash) -> None:
         self.index(effect.instance_id).put_trash(effect.record)
 
@@ -113,6 +133,11 @@ _PERFORM: dict[type, Callable[..., None]] = {
     DropSession: Transaction._drop_session,
     AddBlocks: Transaction._add_blocks,
     DropBlocks: Transaction._drop_blocks,
+    MoveBlocks: Transaction._move_blocks,
+    PutCopies: Transaction._put_copies,
+    DropCopies: Transaction._drop_copies,
+    PutPin: Transaction._put_pin,
+    DropPin: Transaction._drop_pin,
     PutTrash: Transaction._put_trash,
     DropTrash: Transaction._drop_trash,
     RememberAnswer: Transaction._remember,

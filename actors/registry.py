@@ -15,9 +15,9 @@ from typing import Any
 
 import ray
 
-from kvcm_ray.actors import detached, group, paths
-from kvcm_ray.actors.names import REGISTRY, group_actor_name, reclaimer_name
-from kvcm_ray.actors.reclaimer import RECLAIMERS_DEFAULT, Reclaimer
+from kvcm_ray.actors import detached, group, paths, pool
+from kvcm_ray.actors.names import REGISTRY, group_actor_name
+from kvcm_ray.actors.reclaimer import RECLAIMERS_DEFAULT
 from kvcm_ray.actors.registry_body import RegistryBody
 from kvcm_ray.actors.sweep import remove_leftovers
 from kvcm_ray.errors import KvcmError, Unavailable
@@ -31,9 +31,8 @@ GROUP_TIMEOUT_S = 30.0
 class RayGroups:
     """`GroupControl` for real actors."""
 
-    def __init__(self, data_dir: Path, reclaimers: int) -> None:
+    def __init__(self, data_dir: Path) -> None:
         self._data_dir = data_dir
-        self._reclaimers = reclaimers
         self._handles: dict[str, Any] = {}
 
     def refresh(self, name: str) -> None:
@@ -48,10 +47,13 @@ class RayGroups:
         if handle is not None:
             ray.kill(handle, no_restart=True)
 
+    def resize(self, reclaimers: int) -> None:
+        pool.start(self._data_dir, reclaimers)
+
     def start(self, name: str) -> Any:
         """The group's actor, starting if it is new."""
         if name not in self._handles:
-            handle = group.get_or_create(str(self._data_dir), name, self._reclaimers)
+            handle = group.get_or_create(str(self._data_dir), name)
             self._handles[name] = handle
         return self._handles[name]
 
@@ -75,15 +77,15 @@ class Registry:
 
     Args:
         data_dir: data directory of the manager.
-        reclaimers: size of the pool of reclaimers.
+        reclaimers: size of the pool of reclaimers, until it is set (`set_reclaimer_settings`).
     """
 
     def __init__(self, data_dir: str, reclaimers: int = RECLAIMERS_DEFAULT) -> None:
         folder = paths.resolve(data_dir)
         self._folder = folder
-        self._pool = [_reclaimer(str(folder), number) for number in range(reclaimers)]
-        self._groups = RayGroups(folder, reclaimers)
+        self._groups = RayGroups(folder)
         self._body = RegistryBody(folder, self._groups)
+        self._body.start_reclaimers(reclaimers)
         for name in self._body.contents.groups:
             self._groups.start(name)
         self._sweep_groups()
@@ -125,10 +127,6 @@ class Registry:
                 shutil.rmtree(path, ignore_errors=True)
             except KvcmError as error:
                 log.warning("leftovers in %s stay for now: %s", path, error)
-
-
-def _reclaimer(data_dir: str, number: int) -> Any:
-    return detached.get_or_create(Reclaimer, reclaimer_name(number), data_dir, number)
 
 
 def _node_facts() -> dict[str, Any]:

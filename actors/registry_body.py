@@ -10,20 +10,29 @@ from __future__ import annotations
 import dataclasses
 import os
 import secrets
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from kvcm_ray.actors import paths, snapshot
+from kvcm_ray.actors import paths, snapshot, upgrades
 from kvcm_ray.actors.passwords import hash_password
 from kvcm_ray.actors.registry_store import Contents, Record, RegistryStore
-from kvcm_ray.actors.validate import check_apart, check_group, check_instance, check_name, check_storage
+from kvcm_ray.actors.validate import (
+    check_apart,
+    check_group,
+    check_instance,
+    check_name,
+    check_reclaimer,
+    check_storage,
+)
 from kvcm_ray.core.model import (
     Account,
     AccountRole,
     InstanceGroup,
     InstanceInfo,
     LocationSpecGroup,
+    ReclaimerSettings,
     StorageConfig,
 )
 from kvcm_ray.errors import (
@@ -31,7 +40,6 @@ from kvcm_ray.errors import (
     AlreadyExists,
     GroupNotFound,
     InstanceLimitReached,
-    InstanceMismatch,
     InstanceNotFound,
     InUse,
     KvcmError,
@@ -43,14 +51,15 @@ from kvcm_ray.storage_adapters import open_storage
 
 #: Calls that change something; a handle gives them an event id.
 CHANGES = frozenset(
-    ["add_storage", "update_storage", "enable_storage", "disable_storage", "remove_storage",
-    "create_group", "update_group", "remove_group", "register_instance", "remove_instance",
-    "add_account", "delete_account", "load_snapshot"]
-)
+    ["add_storage", "update_storage", "enable_storage", "disable_storage", "set_draining",
+    "remove_storage", "create_group", "update_group", "remove_group", "register_instance",
+    "rollback_instance", "remove_instance", "add_account", "delete_account", "load_snapshot",
+    "set_reclaimer_settings"]
+)  # fmt: skip
 READS = frozenset(
     ["list_storages", "get_group", "list_groups", "get_instance", "list_instances", "list_accounts",
-    "save_snapshot", "describe"]
-)
+    "save_snapshot", "describe", "reclaimer_settings"]
+)  # fmt: skip
 
 
 class GroupControl(Protocol):
@@ -61,6 +70,9 @@ class GroupControl(Protocol):
 
     def remove(self, group: str) -> None:
         """End the group's actor after it has erased its instances."""
+
+    def resize(self, reclaimers: int) -> None:
+        """The pool has that many reclaimers, and none is left of a pool of another size."""
 
 
 class RegistryBody:
@@ -108,8 +120,7 @@ class RegistryBody:
             raise AlreadyExists(f"storage {config.global_unique_name!r} exists")
         check_apart(config, self._now.storages.values())
         _open_root(config)
-        self._commit(put=[dataclasses.replace(config, is_available=True)])
-        self._refresh(self._now.groups)
+        self._put_storage(dataclasses.replace(config, is_available=True, is_draining=False))
 
     def update_storage(self, config: StorageConfig, force: bool = False) -> None:
         """Replace a storage's parameters. Moving the root of one that holds blocks needs `force`:
@@ -120,15 +131,21 @@ class RegistryBody:
             raise InUse(f"storage {known.global_unique_name!r} holds blocks below {known.root_path}")
         check_apart(config, self._now.storages.values())
         _open_root(config)
-        self._commit(put=[dataclasses.replace(config, is_available=known.is_available)])
-        self._refresh(self._now.groups)
+        self._put_storage(
+            dataclasses.replace(config, is_available=known.is_available, is_draining=known.is_draining)
+        )
 
     def enable_storage(self, name: str) -> None:
-        self._set_available(name, True)
+        self._put_storage(dataclasses.replace(self._storage(name), is_available=True))
 
     def disable_storage(self, name: str) -> None:
         """No new blocks go there, and its blocks count as misses until it is enabled again."""
-        self._set_available(name, False)
+        self._put_storage(dataclasses.replace(self._storage(name), is_available=False))
+
+    def set_draining(self, name: str, draining: bool) -> None:
+        """While a storage drains no blocks go there, and those on it move to the other candidates of
+        their group, or are evicted where it has none with room. They stay readable until then."""
+        self._put_storage(dataclasses.replace(self._storage(name), is_draining=draining))
 
     def remove_storage(self, name: str, force: bool = False) -> None:
         """Raises `InUse` unless forced, if a group names it or blocks are on it."""
@@ -137,7 +154,10 @@ class RegistryBody:
         if users and not force:
             raise InUse(f"storage {name!r} is a candidate of group {', '.join(sorted(users))}")
         if not force and _holds_segments(config):
-            raise InUse(f"storage {name!r} holds blocks below {config.root_path}")
+            raise InUse(
+                f"storage {name!r} holds blocks below {config.root_path}; "
+                f"`kvcm storage drain {name} --wait` empties it, force gives them up"
+            )
         self._commit(drop=[(StorageConfig, name)])
         self._refresh(self._now.groups)
 
@@ -206,27 +226,39 @@ class RegistryBody:
     def register_instance(self, info: InstanceInfo) -> InstanceInfo:
         """Register, or find the same registration; returns what is stored.
 
-        The same shape with another `model_deployment.user_data` replaces the user data.
+        The same shape with another `model_deployment.user_data` replaces the user data. The instance
+        that it supersedes retires from now on; see `kvcm_ray.actors.upgrades`.
 
         Raises:
-            InstanceMismatch: the id is registered with another shape.
+            InstanceMismatch: the id is registered with another shape or model version.
             GroupNotFound, InstanceLimitReached: only for an id that is new.
+            InstanceNotFound, InvalidArgument, UpgradeConflict: `supersedes` cannot be.
         """
         check_instance(info)
         known = self._now.instances.get(info.instance_id)
         if known is None:
-            known = self._new_instance(info)
-            self._commit(put=[known])
-        elif not known.same_shape(info):
-            raise InstanceMismatch(
-                f"instance {info.instance_id!r} is registered with another shape: {known.difference(info)}"
-            )
-        elif known.model_deployment != info.model_deployment:
-            known = dataclasses.replace(known, model_deployment=info.model_deployment)
-            self._commit(put=[known])
-        if known.instance_group_name in self._now.groups:
-            self._refresh([known.instance_group_name])
-        return known
+            stored = self._new_instance(info)
+        else:
+            stored = upgrades.registered_again(known, info, self._now.instances)
+        put = [stored] if stored != known else []
+        if stored.supersedes != (known.supersedes if known else ""):
+            put.append(upgrades.retire(self._now.instances, stored, int(time.time())))
+        if put:
+            self._commit(put=put)
+        if stored.instance_group_name in self._now.groups:
+            self._refresh([stored.instance_group_name])
+        return stored
+
+    def rollback_instance(self, instance_id: str) -> None:
+        """End an upgrade: the instance that this one supersedes serves on, and this one retires.
+
+        Raises:
+            InstanceNotFound, UpgradeConflict: see `kvcm_ray.actors.upgrades.rolled_back`.
+        """
+        pair = upgrades.rolled_back(self._now.instances, instance_id, int(time.time()))
+        self._commit(put=pair)
+        if pair[0].instance_group_name in self._now.groups:
+            self._refresh([pair[0].instance_group_name])
 
     def _new_instance(self, info: InstanceInfo) -> InstanceInfo:
         group = self.get_group(info.instance_group_name)
@@ -245,6 +277,8 @@ class RegistryBody:
             quota_group_name=group.global_quota_group_name,
             location_spec_groups=tuple(groups),
             uid=secrets.token_hex(4),
+            retiring_since_s=0,
+            retiring_seconds=0,
         )
 
     def get_instance(self, instance_id: str) -> InstanceInfo:
@@ -261,9 +295,28 @@ class RegistryBody:
     def remove_instance(self, instance_id: str) -> None:
         """Unregister, then erase its blocks and its index."""
         info = self.get_instance(instance_id)
-        self._commit(drop=[(InstanceInfo, instance_id)])
+        freed = upgrades.after_removal(self._now.instances, info)
+        self._commit(put=freed, drop=[(InstanceInfo, instance_id)])
         if info.instance_group_name in self._now.groups:
             self._refresh([info.instance_group_name])
+
+    # ------------------------------------------------------------------------------- reclaimers
+
+    def reclaimer_settings(self) -> ReclaimerSettings:
+        return self._now.reclaimer or ReclaimerSettings()
+
+    def start_reclaimers(self, size: int) -> None:
+        """Start the pool of the settings; with `size` reclaimers if there are no settings yet."""
+        if self._now.reclaimer is None:
+            self._commit(put=[ReclaimerSettings(size)])
+        self._control.resize(self.reclaimer_settings().reclaimers)
+
+    def set_reclaimer_settings(self, settings: ReclaimerSettings) -> None:
+        """Acts at once, on what is in progress too. Raises `InvalidArgument`."""
+        check_reclaimer(settings)
+        self._commit(put=[settings])
+        self._control.resize(settings.reclaimers)
+        self._refresh(self._now.groups)
 
     # --------------------------------------------------------------------------------- accounts
 
@@ -286,7 +339,7 @@ class RegistryBody:
     # --------------------------------------------------------------------------------- snapshots
 
     def save_snapshot(self) -> str:
-        """All storages, groups, instances and accounts (without passwords) as JSON."""
+        """All storages, groups, instances, accounts (without passwords) and reclaimer settings as JSON."""
         return snapshot.dump(self._now)
 
     def load_snapshot(self, text: str) -> None:
@@ -305,6 +358,7 @@ class RegistryBody:
             if isinstance(record, StorageConfig):
                 _open_root(record)
         self._commit(put=records)
+        self._control.resize(self.reclaimer_settings().reclaimers)
         self._refresh(self._now.groups)
 
     def describe(self) -> dict[str, Any]:
@@ -329,8 +383,8 @@ class RegistryBody:
             raise StorageNotFound(f"no storage {name!r}")
         return found
 
-    def _set_available(self, name: str, available: bool) -> None:
-        self._commit(put=[dataclasses.replace(self._storage(name), is_available=available)])
+    def _put_storage(self, config: StorageConfig) -> None:
+        self._commit(put=[config])
         self._refresh(self._now.groups)
 
     def _commit(self, put: Iterable[Record] = (), drop: Iterable[tuple[type, str]] = ()) -> None:

@@ -26,6 +26,7 @@ from kvcm_ray.core.model import (
     Account,
     InstanceGroup,
     InstanceInfo,
+    ReclaimerSettings,
     StorageConfig,
     from_plain,
     to_plain,
@@ -34,17 +35,19 @@ from kvcm_ray.errors import Unavailable
 from kvcm_ray.index.environment import translated
 from kvcm_ray.index.preflight import check_file, data_file
 
-Record = StorageConfig | InstanceGroup | InstanceInfo | Account
+Record = StorageConfig | InstanceGroup | InstanceInfo | Account | ReclaimerSettings
 
 KINDS: dict[type, str] = {
     StorageConfig: "storage",
     InstanceGroup: "group",
     InstanceInfo: "instance",
     Account: "account",
+    ReclaimerSettings: "reclaimer",
 }
 MAP_SIZE = 1 << 30
 EVENTS_REMEMBERED_MAX = 1_024
 _EVENT = b"event/"
+_POOL = "pool"  #: there is one pool of reclaimers
 
 
 @dataclass(slots=True)
@@ -56,6 +59,7 @@ class Contents:
     groups: dict[str, InstanceGroup]
     instances: dict[str, InstanceInfo]
     accounts: dict[str, Account]
+    reclaimer: ReclaimerSettings | None = None  #: None: nobody has set it
 
 
 class _Shared:
@@ -149,8 +153,9 @@ class RegistryStore:
             for kind, name, value in self._records(txn):
                 tables[kind][name] = value
         return Contents(
-            txn_id, tables["storage"], tables["group"], tables["instance"], tables["account"]
-        )
+            txn_id, tables["storage"], tables["group"], tables["instance"], tables["account"],
+            tables["reclaimer"].get(_POOL),
+        )  # fmt: skip
 
     def write(
         self,
@@ -215,6 +220,8 @@ def name_of(record: Record) -> str:
         return record.name
     if isinstance(record, InstanceInfo):
         return record.instance_id
+    if isinstance(record, ReclaimerSettings):
+        return _POOL
     return record.user_name
 
 

@@ -1,10 +1,11 @@
 """The group actor's loop, on a thread of its own, without Ray.
 
-    inbox → drain → (refresh if an instance is new) → one micro-batch → answers
-          → expire sessions that are due → hand due trash to the eraser → wait
+    inbox → what reclaimers report → expire sessions → writes that wait
+          → micro-batch, one reclaim step, next micro-batch … → chores for the reclaimers → wait
 
-The thread wakes up for a request, for a finished deletion, or exactly when the next session or trash
-record is due. Everything that touches the engine runs on this thread.
+The foreground never waits for more than one reclaim step. The thread wakes up for a request, for a report
+of a reclaimer, or exactly when the next session, trash record, step or waiting write is due. Everything
+that touches the engine runs on this thread.
 """
 
 from __future__ import annotations
@@ -15,38 +16,28 @@ import queue
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from kvcm_ray.actors import paths
-from kvcm_ray.actors.engine import GroupEngine, Now
+from kvcm_ray.actors.chores import FAILED_PAUSE_MS, Chores, Pool
+from kvcm_ray.actors.engine import GroupEngine
+from kvcm_ray.actors.facts import Now
 from kvcm_ray.actors.prepare import Preparer
 from kvcm_ray.actors.sweep import remove_leftovers
 from kvcm_ray.actors.view import RegistryView
-from kvcm_ray.core.requests import Reply, Request
+from kvcm_ray.actors.waiting import WaitingWrites
+from kvcm_ray.core.events import Want
+from kvcm_ray.core.requests import Reply, Request, StartWrite, Touch
 from kvcm_ray.errors import KvcmError, Unavailable
 
 log = logging.getLogger(__name__)
 
 INBOX_REQUESTS_MAX = 65_536
 BATCH_REQUESTS_MAX = 1_024
-TRASH_PER_CALL_MAX = 16
-TRASH_IN_FLIGHT_MAX = 64
-FAILED_PAUSE_MS = 100  #: before trying again what a commit failed for, on a full disk say
 
 Answers = list[Reply | KvcmError]
-#: (ids that are erased, what went wrong with the others or "")
-ErasureDone = Callable[[list[int], str], None]
-
-
-class Eraser(Protocol):
-    """Reaches the reclaimers."""
-
-    def erase(
-        self, index_path: str, trash_ids: Sequence[int], done: ErasureDone
-    ) -> None:
-        """Start erasing. `done` is called once, later, by any thread; also if a reclaimer dies."""
 
 
 @dataclass(slots=True)
@@ -61,13 +52,27 @@ class _Submit:
     future: Future[Answers]
 
 
+@dataclass(slots=True)
+class _Wait:
+    request: StartWrite
+    deadline_ms: int
+    future: Future[Reply | KvcmError]
+
+
+class _Wake:
+    """Something was reported; see `Chores`."""
+
+
+_Message = _Job | _Submit | _Wait | _Wake
+
+
 class GroupService:
     """Runs a `GroupEngine`.
 
     Args:
         view: registry of the manager.
         name: the group.
-        eraser: who erases trash.
+        pool: who erases and copies.
         on_end: called on the loop's thread, before anything else is answered, when this incarnation
             must answer no more; told why. It ends the process, so that callers find the next one.
 
@@ -75,23 +80,24 @@ class GroupService:
         GroupNotFound: the group is not registered.
     """
 
-    def __init__(
-        self, view: RegistryView, name: str, eraser: Eraser, on_end: Callable[[str], None]
-    ) -> None:
+    def __init__(self, view: RegistryView, name: str, pool: Pool, on_end: Callable[[str], None]) -> None:
         self.name = name
         self._view = view
-        self._eraser = eraser
         self._on_end = on_end
-        self._inbox: queue.SimpleQueue[_Job | _Submit | None] = queue.SimpleQueue()
-        self._waiting = 0
-        self._waiting_lock = threading.Lock()
+        self._inbox: queue.SimpleQueue[_Message | None] = queue.SimpleQueue()
+        self._queued = 0
+        self._queued_lock = threading.Lock()
         self._expire_after_ms = 0
-        self._erase_after_ms = 0
-        self._in_flight: dict[str, set[int]] = {}
+        self._reclaim_after_ms = 0
+        self._freed = True  #: there may be more room than when waiting writes were tried
+        self._stirred = True  #: since a reclaim step found nothing to do
+        self._waiting = WaitingWrites()
         self._preparer = Preparer()
         self.counters: Counter[str] = Counter()
         group = view.group(name)
         self.engine = GroupEngine(view.data_dir, group, view.storages(), self._registered())
+        self._chores = Chores(self.engine, pool, lambda: self._inbox.put(_Wake()))
+        self._chores.configure(view.reclaimer_settings())
         self._sweep()
         self._thread = threading.Thread(target=self._run, name=f"group-{name}", daemon=True)
         self._thread.start()
@@ -105,13 +111,23 @@ class GroupService:
             Unavailable: the inbox is full.
         """
         count = len(requests)
-        with self._waiting_lock:
-            if self._waiting + count > INBOX_REQUESTS_MAX:
-                raise Unavailable(f"group {self.name!r} has {self._waiting} requests waiting already")
-            self._waiting += count
+        with self._queued_lock:
+            if self._queued + count > INBOX_REQUESTS_MAX:
+                raise Unavailable(f"group {self.name!r} has {self._queued} requests waiting already")
+            self._queued += count
         job = _Submit(requests, Future[Answers]())
         self._inbox.put(job)
         return job.future
+
+    def submit_waiting(self, request: StartWrite, wait_ms: int) -> Future[Reply | KvcmError]:
+        """Queue a write that was refused for want of room, to be tried until there is some.
+
+        The future gives the reply, the last refusal after `wait_ms`, or `Unavailable` if too many
+        writes wait already. Cancelling it gives up.
+        """
+        wait = _Wait(request, Now.read().ms + wait_ms, Future[Reply | KvcmError]())
+        self._inbox.put(wait)
+        return wait.future
 
     def refresh(self) -> Future[None]:
         """Read the registry again."""
@@ -122,7 +138,11 @@ class GroupService:
         return self._ask(self._retire)
 
     def usage(self) -> Future[dict[str, Any]]:
-        return self._ask(lambda: {**self.engine.usage(), "loop": dict(self.counters)})
+        return self._ask(self._usage)
+
+    def capacity(self) -> Future[dict[str, Any]]:
+        """The capacity report; see `GroupState.capacity`."""
+        return self._ask(self.engine.capacity)
 
     def stop(self) -> None:
         """End the loop and close everything; waits for it."""
@@ -145,48 +165,63 @@ class GroupService:
             self._on_end("the loop broke")
             raise
         finally:
+            self._waiting.answer_all(Unavailable(f"group {self.name!r} has ended"))
             self._preparer.stop()
             self.engine.close()
 
     def _step(self) -> bool:
         submits: deque[_Submit] = deque()
-        for job in self._drain():
-            if job is None:
+        for message in self._drain():
+            if message is None:
                 return False
-            if isinstance(job, _Submit):
-                submits.append(job)
-            else:
-                self._run_job(job)
+            if isinstance(message, _Submit):
+                submits.append(message)
+            elif isinstance(message, _Wait):
+                self._waiting.add(message.request, message.deadline_ms, message.future)
+            elif isinstance(message, _Job):
+                self._run_job(message)
+        if self._chores.settle():
+            self._note(freed=True)
         self._expire()
+        self._retry_waiting()
         while submits:
             self._run_batch(submits)
             self._expire()
-        self._clear_trash()
+            if submits:
+                self._reclaim()
+        self._reclaim()
+        self._chores.hand_out()
+        for segment in self.engine.take_dropped_segments():
+            self._drop_files(segment)
         if self.engine.fenced:
             self._on_end("a newer incarnation owns the index")
         return True
 
-    def _drain(self) -> list[_Job | _Submit | None]:
+    def _note(self, *, freed: bool) -> None:
+        """Something happened that reclaiming depends on; with `freed` waiting writes may fit now."""
+        self._stirred = True
+        self._freed |= freed
+
+    def _drain(self) -> list[_Message | None]:
         """What is in the inbox; waits for the first piece or the next deadline."""
-        jobs: list[_Job | _Submit | None] = []
+        messages: list[_Message | None] = []
         with contextlib.suppress(queue.Empty):
-            jobs.append(self._inbox.get(timeout=self._patience_s()))
+            messages.append(self._inbox.get(timeout=self._patience_s()))
             while True:
-                jobs.append(self._inbox.get_nowait())
-        return jobs
+                messages.append(self._inbox.get_nowait())
+        return messages
 
     def _patience_s(self) -> float | None:
-        state = self.engine.state
-        times: list[int] = []
-        if (session_ms := state.next_session_ms()) is not None:
-            times.append(max(session_ms, self._expire_after_ms))
-        trash_ms = state.next_trash_ms()
-        if trash_ms is not None and self._flying() < TRASH_IN_FLIGHT_MAX:
-            times.append(max(trash_ms, self._erase_after_ms))
-        due = min(times, default=None)
-        if due is None or self.engine.fenced:
+        if self.engine.fenced:
             return None
-        return max(due - Now.read().ms, 0) / 1000
+        now_ms = Now.read().ms
+        times = [self._chores.next_ms(), self._reclaim_ms(now_ms), self._waiting.next_ms()]
+        if (session_ms := self.engine.state.next_session_ms()) is not None:
+            times.append(max(session_ms, self._expire_after_ms))
+        if self._waiting and self._freed:
+            times.append(now_ms)
+        due = min((t for t in times if t is not None), default=None)
+        return None if due is None else max(due - now_ms, 0) / 1000
 
     def _run_job(self, job: _Job) -> None:
         try:
@@ -203,10 +238,11 @@ class GroupService:
         while submits and (not batch or len(requests) < BATCH_REQUESTS_MAX):
             batch.append(submits.popleft())
             requests.extend(batch[-1].requests)
-        with self._waiting_lock:
-            self._waiting -= len(requests)
+        with self._queued_lock:
+            self._queued -= len(requests)
         self._open_new(requests)
-        answers = self.engine.submit_batch(requests)
+        answers = self.engine.submit_batch(requests, ahead_bytes=self._waiting.ahead_bytes())
+        self._note(freed=not all(isinstance(request, StartWrite | Touch) for request in requests))
         if self.engine.fenced:
             self._on_end("a newer incarnation owns the index")
         self.counters["batches"] += 1
@@ -214,7 +250,8 @@ class GroupService:
         begin = 0
         for submit in batch:
             end = begin + len(submit.requests)
-            submit.future.set_result(answers[begin:end])
+            with contextlib.suppress(InvalidStateError):  # cancelled: its caller is gone
+                submit.future.set_result(answers[begin:end])
             begin = end
         self._preparer.started(answers, self.engine)
 
@@ -233,17 +270,51 @@ class GroupService:
         while now.ms >= self._expire_after_ms and self._is_due(now):
             if self.engine.tick(now) is not None:
                 self._expire_after_ms = now.ms + FAILED_PAUSE_MS
+            self._note(freed=True)
 
     def _is_due(self, now: Now) -> bool:
         due = self.engine.state.next_session_ms()
         return due is not None and due <= now.ms
 
-    def _clear_trash(self) -> None:
-        room = TRASH_IN_FLIGHT_MAX - self._flying()
-        if room > 0 and not self.engine.fenced and Now.read().ms >= self._erase_after_ms:
-            self._erase(self.engine.due_trash(room))
-        for segment in self.engine.take_dropped_segments():
-            self._drop_files(segment)
+    def _retry_waiting(self) -> None:
+        if not self._waiting:
+            return
+        anew, self._freed = self._freed, False
+        self._waiting.retry(self._submit_waiting, anew=anew)
+        self._waiting.expire(Now.read().ms)
+
+    def _submit_waiting(
+        self, waiting: Sequence[tuple[StartWrite, Want]], ahead_bytes: int
+    ) -> Sequence[Reply | KvcmError | None]:
+        self._stirred = True
+        answers = self.engine.submit_waiting(waiting, ahead_bytes)
+        if self.engine.fenced:
+            self._on_end("a newer incarnation owns the index")
+        self.counters["waiting_tried"] += len(answers)
+        self._preparer.started(answers, self.engine)
+        return answers
+
+    def _reclaim_ms(self, now_ms: int) -> int | None:
+        """When the next step may have something to do."""
+        if self._waiting and self._stirred and not self.engine.state.paused:
+            return max(now_ms, self._reclaim_after_ms)
+        due_ms = self.engine.state.next_reclaim_ms(now_ms)
+        return None if due_ms is None else max(due_ms, self._reclaim_after_ms)
+
+    def _reclaim(self) -> None:
+        """One step, if one is due."""
+        now = Now.read()
+        due_ms = self._reclaim_ms(now.ms)
+        if due_ms is None or due_ms > now.ms or self.engine.fenced:
+            return
+        done = self.engine.reclaim(now, self._waiting.wants())
+        self.counters["reclaim_steps"] += 1
+        if isinstance(done, KvcmError):
+            self._reclaim_after_ms = now.ms + FAILED_PAUSE_MS
+        elif done:
+            self._note(freed=self._waiting.waits_for_keys())
+        else:
+            self._stirred = False
 
     def _drop_files(self, segment: Any) -> None:
         try:
@@ -251,41 +322,13 @@ class GroupService:
         except KvcmError as error:
             log.warning("segment %s stays until the group starts again: %s", segment.path, error)
 
-    # ---------------------------------------------------------------------------------- trash
-
-    def _flying(self) -> int:
-        return sum(len(ids) for ids in self._in_flight.values())
-
-    def _erase(self, records: Sequence[Any]) -> None:
-        by_instance: dict[str, list[int]] = {}
-        for record in records:
-            by_instance.setdefault(record.instance_id, []).append(record.trash_id)
-        for instance_id, ids in by_instance.items():
-            for begin in range(0, len(ids), TRASH_PER_CALL_MAX):
-                self._start_erasing(instance_id, ids[begin : begin + TRASH_PER_CALL_MAX])
-
-    def _start_erasing(self, instance_id: str, ids: list[int]) -> None:
-        path = self.engine.index_path(instance_id)
-        self._in_flight.setdefault(instance_id, set()).update(ids)
-
-        def done(erased: list[int], problem: str) -> None:
-            self._ask(lambda: self._erased(instance_id, ids, erased, problem))
-
-        self._eraser.erase(str(path), ids, done)
-
-    def _erased(self, instance_id: str, ids: list[int], erased: list[int], problem: str) -> None:
-        flying = self._in_flight.get(instance_id, set())
-        flying.difference_update(ids)
-        if not flying:
-            self._in_flight.pop(instance_id, None)
-        failed = tuple(i for i in ids if i not in set(erased))
-        if problem:
-            log.warning("group %s: %d trash records not erased: %s", self.name, len(failed), problem)
-        if failed:
-            self.counters["erase_failures"] += len(failed)
-            self.engine.trash_failed(instance_id, failed)
-        if erased and self.engine.confirm_deletes(instance_id, tuple(erased)) is not None:
-            self._erase_after_ms = Now.read().ms + FAILED_PAUSE_MS  # all of it is due again at once
+    def _usage(self) -> dict[str, Any]:
+        return {
+            **self.engine.usage(),
+            "loop": {**self.counters, **self._chores.counters},
+            "chores": self._chores.describe(),
+            "waiting": {"writes": len(self._waiting), "bytes": self._waiting.ahead_bytes()},
+        }
 
     # -------------------------------------------------------------------------------- registry
 
@@ -294,16 +337,15 @@ class GroupService:
         return [info for info in infos if info.instance_group_name == self.name]
 
     def _refresh(self) -> None:
+        self._chores.configure(self._view.reclaimer_settings())
         self.engine.configure(self._view.group(self.name), self._view.storages())
         self._follow_instances()
+        self._note(freed=True)
 
     def _follow_instances(self) -> None:
         registered = {info.instance_id: info for info in self._registered()}
         for info in self.engine.infos():
-            if registered.get(info.instance_id, info).uid != info.uid or (
-                info.instance_id not in registered
-            ):
-                self._in_flight.pop(info.instance_id, None)
+            if registered.get(info.instance_id, info).uid != info.uid or (info.instance_id not in registered):
                 self.engine.drop_instance(info)
         told = set(self.engine.broken)
         for instance_id in told - registered.keys():
@@ -329,4 +371,3 @@ class GroupService:
             remove_leftovers(folder, uids, self.engine.open_adapters().values())
         except KvcmError as error:
             log.warning("group %s: leftovers stay for now: %s", self.name, error)
-

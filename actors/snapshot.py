@@ -13,11 +13,18 @@ from collections.abc import Callable
 from typing import Any
 
 from kvcm_ray.actors.registry_store import Contents, Record
-from kvcm_ray.actors.validate import check_group, check_instance, check_name, check_storage
+from kvcm_ray.actors.validate import (
+    check_group,
+    check_instance,
+    check_name,
+    check_reclaimer,
+    check_storage,
+)
 from kvcm_ray.core.model import (
     Account,
     InstanceGroup,
     InstanceInfo,
+    ReclaimerSettings,
     StorageConfig,
     from_plain,
     to_plain,
@@ -36,6 +43,7 @@ def dump(contents: Contents) -> str:
         "groups": to_plain(list(contents.groups.values())),
         "instances": to_plain(instances),
         "accounts": to_plain(accounts),
+        "reclaimers": to_plain([contents.reclaimer] if contents.reclaimer else []),
     }
     return json.dumps(document, indent=1, ensure_ascii=False)
 
@@ -55,7 +63,8 @@ def plan(text: str, now: Contents) -> list[Record]:
         else dataclasses.replace(a, password_hash="")
         for a in accounts
     ]
-    return [*storages, *groups, *instances, *kept]
+    pools = _records(document, "reclaimers", ReclaimerSettings, check_reclaimer)
+    return [*storages, *groups, *instances, *kept, *pools[:1]]
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -68,9 +77,7 @@ def _parse(text: str) -> dict[str, Any]:
     return document
 
 
-def _records(
-    document: dict[str, Any], member: str, cls: type, check: Callable[[Any], None]
-) -> list[Any]:
+def _records(document: dict[str, Any], member: str, cls: type, check: Callable[[Any], None]) -> list[Any]:
     found = []
     for position, plain in enumerate(document.get(member, [])):
         try:

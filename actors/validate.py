@@ -12,14 +12,19 @@ from collections.abc import Iterable
 from kvcm_ray.core.limits import NAME_BYTES_MAX, SPEC_BYTES_MAX, SPECS_PER_INSTANCE_MAX
 from kvcm_ray.core.model import (
     CachePreferStrategy,
+    CacheReclaimStrategy,
     InstanceGroup,
     InstanceInfo,
     MooncakeSpec,
+    ReclaimerSettings,
+    ReclaimPolicy,
     StorageConfig,
+    TriggerStrategy,
 )
 from kvcm_ray.errors import InvalidArgument, Unsupported
 
 INT64_MAX = 2**63 - 1
+RECLAIMERS_MAX = 64
 
 
 def check_name(field: str, name: str) -> None:
@@ -120,15 +125,43 @@ def check_group(group: InstanceGroup) -> None:
         raise InvalidArgument(f"group {group.name!r}: cache_config is missing")
     if cache.data_storage_strategy is CachePreferStrategy.CPS_UNSPECIFIED:
         raise InvalidArgument(f"group {group.name!r}: data_storage_strategy is CPS_UNSPECIFIED")
-    strategy = cache.reclaim_strategy
-    if strategy is not None and strategy.delay_before_delete_ms < 0:
-        raise InvalidArgument(f"group {group.name!r}: delay_before_delete_ms is negative")
-    if group.quota is not None:
-        for entry in group.quota.quota_config:
-            if entry.capacity < 0:
-                raise InvalidArgument(f"group {group.name!r}: quota_config capacity is negative")
+    if cache.reclaim_strategy is not None:
+        _check_reclaim(f"group {group.name!r}: ", cache.reclaim_strategy)
+    for entry in group.quota.quota_config if group.quota else ():
+        if entry.capacity < 0:
+            raise InvalidArgument(f"group {group.name!r}: quota_config capacity is negative")
+    if group.quota_bytes < 0:
+        raise InvalidArgument(f"group {group.name!r}: quota capacity is negative")
     if group.max_key_count < 0:
         raise InvalidArgument(f"group {group.name!r}: max_key_count is negative")
+
+
+def _check_reclaim(prefix: str, strategy: CacheReclaimStrategy) -> None:
+    trigger = strategy.trigger_strategy or TriggerStrategy()
+    if strategy.reclaim_policy not in set(ReclaimPolicy):
+        known = ", ".join(policy.name for policy in ReclaimPolicy)
+        raise InvalidArgument(f"{prefix}reclaim_policy {strategy.reclaim_policy} is none of {known}")
+    counts = {
+        name: getattr(strategy, name)
+        for name in ("trigger_period_seconds", "reclaim_step_size", "reclaim_step_percentage",
+                     "delay_before_delete_ms", "ttl_seconds")
+    }  # fmt: skip
+    for name, value in {**counts, "used_size": trigger.used_size}.items():
+        if value < 0:
+            raise InvalidArgument(f"{prefix}{name} is negative")
+    if strategy.reclaim_step_percentage > 100:
+        raise InvalidArgument(
+            f"{prefix}reclaim_step_percentage {strategy.reclaim_step_percentage} is over 100"
+        )
+    high, low = trigger.used_percentage, strategy.low_water_percentage
+    for name, value in (("used_percentage", high), ("low_water_percentage", low)):
+        if not 0 <= value <= 1:
+            raise InvalidArgument(f"{prefix}{name} {value:g} is a fraction: 0.8 is 80 %, at most 1")
+    if low > (high or 1.0):
+        raise InvalidArgument(
+            f"{prefix}low_water_percentage {low:g} is above the mark that starts reclaiming, "
+            f"used_percentage {high or 1.0:g}"
+        )
 
 
 def check_instance(info: InstanceInfo) -> None:
@@ -154,6 +187,17 @@ def check_instance(info: InstanceInfo) -> None:
     if len(set(names)) != len(names):
         raise InvalidArgument("location_spec_infos names a spec twice")
     _check_spec_groups(info, set(names))
+    _check_upgrade(info)
+
+
+def _check_upgrade(info: InstanceInfo) -> None:
+    for field in ("model_version", "supersedes"):
+        if getattr(info, field):
+            check_name(field, getattr(info, field))
+    if info.supersedes == info.instance_id:
+        raise InvalidArgument(f"supersedes: instance {info.instance_id!r} cannot supersede itself")
+    if info.handover_seconds < 0:
+        raise InvalidArgument(f"handover_seconds is {info.handover_seconds}; it needs 0 (an hour) or more")
 
 
 def _check_spec_groups(info: InstanceInfo, names: set[str]) -> None:
@@ -167,3 +211,13 @@ def _check_spec_groups(info: InstanceInfo, names: set[str]) -> None:
         if unknown or not group.spec_names:
             what = f"unknown specs {sorted(unknown)}" if unknown else "no spec"
             raise InvalidArgument(f"location spec group {group.name!r} names {what}")
+
+
+def check_reclaimer(settings: ReclaimerSettings) -> None:
+    """1 to RECLAIMERS_MAX reclaimers; a rate that is not negative."""
+    if not 1 <= settings.reclaimers <= RECLAIMERS_MAX:
+        raise InvalidArgument(f"reclaimers {settings.reclaimers} is not in 1..{RECLAIMERS_MAX}")
+    if not 0 <= settings.max_bytes_per_second <= INT64_MAX:
+        raise InvalidArgument(
+            f"max_bytes_per_second {settings.max_bytes_per_second} is negative or too large; 0 is no limit"
+        )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kvcm_ray.actors import paths
 from kvcm_ray.actors.registry_store import Contents, RegistryStore
-from kvcm_ray.core.model import Account, InstanceGroup, InstanceInfo, StorageConfig
+from kvcm_ray.core.model import Account, InstanceGroup, InstanceInfo, ReclaimerSettings, StorageConfig
 from kvcm_ray.errors import GroupNotFound, InstanceNotFound
 
 
@@ -64,6 +64,9 @@ class RegistryView:
 
     def accounts(self) -> dict[str, Account]:
         return self.contents().accounts
+
+    def reclaimer_settings(self) -> ReclaimerSettings:
+        return self.contents().reclaimer or ReclaimerSettings()
 
     def index_path(self, info: InstanceInfo) -> Path:
         """Directory of the instance's index, for `kvcm_ray.index.IndexReader`."""

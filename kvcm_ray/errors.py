@@ -12,7 +12,8 @@
      │   ├─ AlreadyExists
      │   ├─ InstanceMismatch     same instance id, another shape
      │   ├─ VersionConflict
-     │   └─ InUse                refuse to remove what others still use
+     │   ├─ InUse                refuse to remove what others still use
+     │   └─ UpgradeConflict      instances do not supersede one another like that
      ├─ LimitReached
      │   ├─ QuotaExceeded        a byte quota of the group
      │   ├─ KeyLimitReached      max_key_count of an instance
@@ -153,6 +154,13 @@ class InUse(Conflict):
 
     code = "KVCM-C004"
     hint = "Remove its users first, or force it."
+
+
+class UpgradeConflict(Conflict):
+    """The instances do not supersede one another like that."""
+
+    code = "KVCM-C005"
+    hint = "`kvcm instance list` shows which instance supersedes which; only the newest can be rolled back."
 
 
 class LimitReached(KvcmError):

@@ -4,11 +4,12 @@ Works beside a running manager: things that look wrong are looked at again after
 what is still wrong (the same block, the same slot) is reported. Changes nothing.
 
 * dangling: a SERVING block whose bytes are lost: file missing or short, another block's header, a
-  damaged header, or the mark of having been erased.
+  damaged header, or the mark of having been erased. A block's copy in a slower tier counts like the
+  block itself, and is also told apart.
 * unverified: a SERVING block in a slot that no header was ever written to: plain protocol clients
   write none. Whether they wrote the bytes they acknowledged, nobody but them can say.
-* orphan bytes: a header or payload in a slot that no run, session or trash record names, and
-  segment directories that no index knows.
+* orphan bytes: a header or payload in a slot that no run, copy, session or trash record names (what a
+  demotion is writing belongs to a session), and segment directories that no index knows.
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ class FsckReport:
 
     orphan_bytes: int = 0
     dangling_locations: int = 0
+    dangling_copies: int = 0  #: those of them that are copies; their blocks can be read
     corrupt_records: int = 0
     counters_ok: bool = True
     unverified_locations: int = 0
     instances: int = 0
     blocks: int = 0  #: SERVING
+    copies: int = 0  #: second locations of them
     notes: list[str] = field(default_factory=list)  #: at most `NOTES_MAX` sentences
 
     @property
@@ -70,6 +73,7 @@ class SuspectBlock:
     segment_id: int
     slot: int
     generation: int
+    copy: bool = False  #: it is the block's second location
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ class Findings:
     """One look at one instance."""
 
     blocks: int = 0
+    copies: int = 0
     dangling: set[SuspectBlock] = field(default_factory=set)
     unverified: set[SuspectBlock] = field(default_factory=set)
     orphans: dict[SuspectSlot, int] = field(default_factory=dict)  #: bytes of each
@@ -103,6 +108,7 @@ class Findings:
         """What was wrong now and is wrong later too; the rest as seen later."""
         return Findings(
             later.blocks,
+            later.copies,
             self.dangling & later.dangling,
             later.unverified,
             {slot: size for slot, size in later.orphans.items() if slot in self.orphans},
@@ -118,8 +124,9 @@ class _Snapshot:
     """All that an index says about places."""
 
     segments: dict[int, Segment]
-    keys: Keys
-    serving: BlockLocations
+    keys: Keys  #: of all blocks, then of all copies
+    serving: BlockLocations  #: aligned with `keys`
+    blocks: int  #: how many of these are blocks
     others: list[BlockLocations]  #: of sessions and trash
     settled: bool  #: all from one commit
 
@@ -206,7 +213,9 @@ def _check_twice(
 def _add(report: FsckReport, info: InstanceInfo, findings: Findings) -> None:
     report.instances += 1
     report.blocks += findings.blocks
+    report.copies += findings.copies
     report.dangling_locations += len(findings.dangling)
+    report.dangling_copies += sum(block.copy for block in findings.dangling)
     report.unverified_locations += len(findings.unverified)
     report.orphan_bytes += sum(findings.orphans.values())
     report.corrupt_records += findings.corrupt_records
@@ -269,7 +278,7 @@ def check_instance(
         KvcmError: the index cannot be read at all.
     """
     snapshot = _take(reader)
-    findings = Findings(blocks=len(snapshot.keys))
+    findings = Findings(snapshot.blocks, len(snapshot.keys) - snapshot.blocks)
     findings.segments = {(s.storage, s.path) for s in snapshot.segments.values()}
     _check_counters(reader, snapshot, findings)
     for segment_id in np.unique(snapshot.serving.segment).tolist():
@@ -298,6 +307,7 @@ def _take(reader: IndexReader) -> _Snapshot:
     for _ in range(SNAPSHOT_TRIES):
         seq = reader.commit_seq()
         runs = list(reader.runs())
+        copy_keys, copies = reader.all_copies()
         others = [session.locations for session in reader.sessions()]
         others += [trash.locations for trash in reader.trash()]
         segments = reader.segments()
@@ -308,8 +318,9 @@ def _take(reader: IndexReader) -> _Snapshot:
     keys = [run.keys[run.alive] for run in runs]
     return _Snapshot(
         segments,
-        np.concatenate(keys) if keys else np.zeros(0, np.int64),
-        BlockLocations.joined(parts),
+        np.concatenate([*keys, copy_keys]),
+        BlockLocations.joined([*parts, copies]),
+        sum(len(part) for part in parts),
         others,
         settled,
     )
@@ -351,6 +362,7 @@ def _suspect(into: set[SuspectBlock], snapshot: _Snapshot, which: npt.NDArray[np
         where.segment.tolist(),
         where.slot.tolist(),
         where.generation.tolist(),
+        (which >= snapshot.blocks).tolist(),
         strict=True,
     )
     into.update(SuspectBlock(*row) for row in rows)
@@ -364,7 +376,7 @@ def _check_segment(
     findings: Findings,
     deep: bool,
 ) -> None:
-    """`of` are the SERVING blocks of the segment."""
+    """`of` are the SERVING blocks, and copies of such, of the segment."""
     named = np.zeros(segment.slots, np.bool_)
     for locations in (snapshot.serving, *snapshot.others):
         here = locations.slot[locations.segment == segment.segment_id]

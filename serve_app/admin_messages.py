@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvcm_ray.core.model import (
     Account,
@@ -10,6 +11,7 @@ from kvcm_ray.core.model import (
     Double,
     InstanceGroup,
     InstanceInfo,
+    Int32,
     Int64,
     StorageConfig,
 )
@@ -46,8 +48,24 @@ class RemoveStorageRequest(StorageNameRequest):
 
 
 @dataclass(frozen=True, slots=True)
+class DrainStorageRequest(StorageNameRequest):
+    """Let a storage's blocks move elsewhere or expire (additive)."""
+
+    draining: bool = False  #: false ends it: blocks go there again
+
+
+@dataclass(frozen=True, slots=True)
+class StorageState:
+    global_unique_name: str = ""
+    is_available: bool = False  #: false: disabled
+    is_draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ListStorageResponse(CommonResponse):
     storage: tuple[StorageConfig, ...] = ()
+    #: additive: those that are disabled or draining
+    storage_state: tuple[StorageState, ...] = field(default=(), metadata={"extension": True})
 
 
 # --------------------------------------------------------------------------------------- groups
@@ -84,7 +102,26 @@ class ListInstanceGroupResponse(CommonResponse):
     instance_group: tuple[InstanceGroup, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class GetCapacityRequest(Request):
+    instance_group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GetCapacityResponse(CommonResponse):
+    """What holds a group's quota, and for how long it lasts (additive)."""
+
+    capacity: dict[str, Any] | None = None  #: numbers here are JSON numbers
+
+
 # ------------------------------------------------------------------------------------ instances
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackInstanceRequest(Request):
+    """End a model upgrade: the superseded instance serves on, this one retires (additive)."""
+
+    instance_id: str = ""  #: the successor
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +161,22 @@ class ListAccountResponse(CommonResponse):
 
 
 # ---------------------------------------------------------------------------- the manager itself
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReclaimerRequest(Request):
+    """What is not set stays (additive)."""
+
+    reclaimers: Int32 | None = None  #: actors in the pool
+    max_bytes_per_second: Int64 | None = None  #: that the pool may copy or erase; 0 = no limit
+    paused: bool | None = None  #: nothing is evicted, moved or erased
+
+
+@dataclass(frozen=True, slots=True)
+class ReclaimerResponse(CommonResponse):
+    reclaimers: Int32 = 0
+    max_bytes_per_second: Int64 = 0
+    paused: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from kvcm_ray.actors.view import RegistryView
 from kvcm_ray.core.mask import BlockMask
@@ -32,20 +29,12 @@ from kvcm_ray.index import IndexReader
 from kvcm_ray.serve_app.locations import LocationEncoder
 from kvcm_ray.serve_app.sealing import Sealer
 
-TOUCH_KEYS_MAX = 262_144  #: found blocks in one report; lookups beyond them are not reported
+TOUCH_KEYS_MAX = 262_144  #: found blocks, of all instances, that wait to be reported
+TOUCHES_MAX = 4_096  #: look-ups that wait to be reported; those beyond either bound are not
 TOUCH_PERIOD_S = 0.05
 ENCODERS_MAX = 4096
 READERS_MAX = 512  #: open indexes of this process
 REFRESH_PERIOD_S = 0.5  #: how often a reader looks whether its index was replaced
-
-
-@dataclass(slots=True)
-class _Report:
-    """Lookups of one instance since the last report."""
-
-    keys: list[Keys] = field(default_factory=list)
-    blocks: int = 0
-    lookups: int = 0
 
 
 class Backend(ABC):
@@ -61,7 +50,8 @@ class Backend(ABC):
         self._readers: dict[str, IndexReader] = {}
         self._checked_at: dict[str, float] = {}
         self._encoders: dict[str, LocationEncoder] = {}
-        self._reports: dict[tuple[str, str], _Report] = {}
+        self._touches: list[tuple[str, Touch]] = []  #: with the group, in the order of the reads
+        self._touched_keys = 0
         self._flushing: asyncio.Task[None] | None = None
         self.touches_dropped = 0
 
@@ -146,48 +136,48 @@ class Backend(ABC):
         """`GroupState.usage` of a group. Raises a `KvcmError`."""
 
     @abstractmethod
+    async def capacity(self, group: str) -> dict[str, Any]:
+        """`GroupState.capacity` of a group. Raises a `KvcmError`."""
+
+    @abstractmethod
     async def health(self) -> dict[str, str]:
         """Each dependency and "ok", or what is wrong with it."""
 
     # ------------------------------------------------------------------------------------ touches
 
-    def touch(self, info: InstanceInfo, keys: Keys, lookups: int) -> None:
-        """Report that `lookups` blocks were looked up and the prefix `keys` was found."""
-        name = (info.instance_group_name, info.instance_id)
-        report = self._reports.get(name)
-        if report is None:
-            report = self._reports[name] = _Report()
-        if report.blocks + len(keys) > TOUCH_KEYS_MAX:
+    def touch(self, info: InstanceInfo, keys: Keys, lookups: int, *, chained: bool = True) -> None:
+        """Report that `lookups` blocks were looked up and `keys` were found, a part of one prompt in its
+        order if `chained`."""
+        if self._touched_keys + len(keys) > TOUCH_KEYS_MAX or len(self._touches) >= TOUCHES_MAX:
             self.touches_dropped += 1
             return
-        report.keys.append(keys)
-        report.blocks += len(keys)
-        report.lookups += lookups
+        touch = Touch(info.instance_id, keys, lookups, chained)
+        self._touches.append((info.instance_group_name, touch))
+        self._touched_keys += len(keys)
         if self._flushing is None or self._flushing.done():
             self._flushing = asyncio.get_running_loop().create_task(self._flush())
 
     async def _flush(self) -> None:
         """Send what gathered; ends when nothing is pending."""
-        while self._reports:
+        while self._touches:
             await asyncio.sleep(TOUCH_PERIOD_S)
-            await self._send_reports()
+            await self._send_touches()
 
-    async def _send_reports(self) -> None:
-        """One request for each instance. A report that cannot be sent is lost.
-
-        Prefixes one after the other are as good as one by one: a group takes the keys of a report
-        last to first, so a parent still counts as touched after its children.
-        """
-        reports, self._reports = self._reports, {}
-        for (group, instance_id), report in reports.items():
-            keys = np.concatenate(report.keys)
+    async def _send_touches(self) -> None:
+        """A report that cannot be sent is lost."""
+        waiting, self._touches, self._touched_keys = self._touches, [], 0
+        by_group: dict[str, list[Touch]] = {}
+        for group, touch in waiting:
+            by_group.setdefault(group, []).append(touch)
+        for group, touches in by_group.items():
             try:
-                await self.send_touch(group, Touch(instance_id, keys, report.lookups))
+                await self.send_touches(group, touches)
             except KvcmError:
-                self.touches_dropped += len(report.keys)
+                self.touches_dropped += len(touches)
 
     @abstractmethod
-    async def send_touch(self, group: str, touch: Touch) -> None: ...
+    async def send_touches(self, group: str, touches: Sequence[Touch]) -> None:
+        """In this order."""
 
     async def flush_touches(self) -> None:
         """Wait until the reports so far were sent."""

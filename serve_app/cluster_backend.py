@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from kvcm_ray.actors.handles import GroupHandle, RegistryHandle
@@ -38,8 +39,12 @@ class ClusterBackend(Backend):
     async def usage(self, group: str) -> dict[str, Any]:
         return await self._group(group).usage(HEALTH_TIMEOUT_S)
 
-    async def send_touch(self, group: str, touch: Touch) -> None:
-        await self._group(group).call(touch, HEALTH_TIMEOUT_S)
+    async def capacity(self, group: str) -> dict[str, Any]:
+        return await self._group(group).capacity(HEALTH_TIMEOUT_S)
+
+    async def send_touches(self, group: str, touches: Sequence[Touch]) -> None:
+        handle = self._group(group)
+        await asyncio.gather(*(handle.call(touch, HEALTH_TIMEOUT_S) for touch in touches))
 
     async def health(self) -> dict[str, str]:
         checks = {"registry": self.registry("describe")}

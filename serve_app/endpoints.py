@@ -10,6 +10,7 @@ from typing import Any
 
 from kvcm_ray.serve_app import admin_messages as a
 from kvcm_ray.serve_app import handlers_admin as admin
+from kvcm_ray.serve_app import handlers_capacity as capacity
 from kvcm_ray.serve_app import handlers_hot as hot
 from kvcm_ray.serve_app import handlers_meta as meta
 from kvcm_ray.serve_app import messages as m
@@ -91,6 +92,21 @@ META = (
         "Cache trimmed successfully", "Failed to trim cache", about_blocks=True,
         example={"instance_id": "i1", "strategy": "TS_REMOVE_ALL_CACHE"},
     ),
+    Endpoint(
+        "LeaseCache", m.LeaseCacheRequest, m.LeaseCacheResponse, capacity.lease_cache,
+        "Cache leased successfully", "Failed to lease cache", about_blocks=True,
+        example=_BLOCKS | {"lease_ms": 5000},
+    ),
+    Endpoint(
+        "PinCache", m.PinCacheRequest, m.PinCacheResponse, capacity.pin_cache,
+        "Cache pinned successfully", "Failed to pin cache", about_blocks=True,
+        example=_BLOCKS | {"name": "system-prompt", "until_s": 0},
+    ),
+    Endpoint(
+        "UnpinCache", m.UnpinCacheRequest, m.PinCacheResponse, capacity.unpin_cache,
+        "Cache unpinned successfully", "Failed to unpin cache", about_blocks=True,
+        example={"instance_id": "i1", "name": "system-prompt"},
+    ),
 )  # fmt: skip
 
 
@@ -110,6 +126,9 @@ ADMIN = (
     _admin("DisableStorage", a.StorageNameRequest, a.CommonResponse, admin.disable_storage,
            "Storage disabled successfully", "Failed to disable storage",
            {"storage_unique_name": "nfs_02"}),
+    _admin("DrainStorage", a.DrainStorageRequest, a.CommonResponse, capacity.drain_storage,
+           "Storage draining changed successfully", "Failed to drain storage",
+           {"storage_unique_name": "nfs_02", "draining": True}),
     _admin("UpdateStorage", a.UpdateStorageRequest, a.CommonResponse, admin.update_storage,
            "Storage updated successfully", "Failed to update storage", {"storage": _NFS}),
     _admin("RemoveStorage", a.RemoveStorageRequest, a.CommonResponse, admin.remove_storage,
@@ -133,6 +152,12 @@ ADMIN = (
     _admin("ListInstanceGroup", m.Request, a.ListInstanceGroupResponse,
            admin.list_instance_group, "Instance groups listed successfully",
            "Failed to list instance groups", {}),
+    _admin("GetCapacity", a.GetCapacityRequest, a.GetCapacityResponse, capacity.get_capacity,
+           "Capacity retrieved successfully", "Failed to get capacity",
+           {"instance_group": "default"}),
+    _admin("RollbackInstance", a.RollbackInstanceRequest, a.CommonResponse,
+           capacity.rollback_instance, "Instance rolled back successfully",
+           "Failed to roll back instance", {"instance_id": "i2"}),
     _admin("RemoveInstance", a.RemoveInstanceRequest, a.CommonResponse, admin.remove_instance,
            "Instance removed successfully", "Failed to remove instance", {"instance_id": "i1"}),
     _admin("ListInstanceInfo", a.ListInstanceInfoRequest, a.ListInstanceInfoResponse,
@@ -151,6 +176,12 @@ ADMIN = (
            "Failed to load config snapshot", {"config_snapshot": "<from genConfigSnapshot>"}),
     _admin("GetMetrics", m.Request, a.GetMetricsResponse, admin.get_metrics,
            "Metrics retrieved successfully", "Failed to get metrics", {}),
+    _admin("GetReclaimer", m.Request, a.ReclaimerResponse, capacity.get_reclaimer,
+           "Reclaimer settings retrieved successfully", "Failed to get reclaimer settings", {}),
+    _admin("UpdateReclaimer", a.UpdateReclaimerRequest, a.ReclaimerResponse,
+           capacity.update_reclaimer, "Reclaimer settings updated successfully",
+           "Failed to update reclaimer settings",
+           {"reclaimers": 4, "max_bytes_per_second": "0", "paused": False}),
     _admin("CheckHealth", m.Request, a.CheckHealthResponse, admin.check_health,
            "Health check completed", "Failed to check health", {}),
     _admin("GetManagerClusterInfo", m.Request, a.GetManagerClusterInfoResponse,

@@ -17,6 +17,8 @@ from kvcm_ray.serve_app.validation import check_group, check_storage, require
 
 _LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.INFO, "WARN": logging.WARNING}
 _LEVELS["ERROR"] = logging.ERROR
+#: What reclaiming has done since the group's actor started; the rest of its numbers are levels.
+_RECLAIM_COUNTERS = ("evicted", "expired", "retired", "demoted", "promoted", "drained")
 _NO_ELECTION = "this manager holds no leader election: group actors are fenced one by one"
 
 
@@ -35,7 +37,8 @@ async def update_storage(call: Call) -> dict[str, Any]:
     storage = call.request.storage
     check_storage(storage)
     if stored := call.backend.storages().get(storage.global_unique_name):
-        storage = dataclasses.replace(storage, is_available=stored.is_available)
+        states = {"is_available": stored.is_available, "is_draining": stored.is_draining}
+        storage = dataclasses.replace(storage, **states)
     await call.backend.registry("update_storage", storage, call.request.force_update)
     return {}
 
@@ -60,7 +63,13 @@ async def remove_storage(call: Call) -> dict[str, Any]:
 
 
 async def list_storage(call: Call) -> dict[str, Any]:
-    return {"storage": tuple(s for _, s in sorted(call.backend.storages().items()))}
+    storages = [s for _, s in sorted(call.backend.storages().items())]
+    states = tuple(
+        a.StorageState(s.global_unique_name, s.is_available, s.is_draining)
+        for s in storages
+        if s.is_draining or not s.is_available
+    )
+    return {"storage": tuple(storages), "storage_state": states}
 
 
 # --------------------------------------------------------------------------------------- groups
@@ -229,7 +238,17 @@ def _group_metrics(name: str, usage: dict[str, Any]) -> list[a.Metric]:
     for key, value in usage.items():
         if isinstance(value, bool | int | float):
             metrics.append(_gauge(f"cache_manager_group.{key}", float(value), instance_group=name))
-    return metrics
+    return metrics + _reclaim_metrics(name, usage.get("reclaim", {}))
+
+
+def _reclaim_metrics(name: str, reclaim: dict[str, Any]) -> list[a.Metric]:
+    counted = {f"{what}_blocks" for what in _RECLAIM_COUNTERS} | {"failed_moves"}
+    return [
+        _counter(f"cache_reclaimer.{key}", int(value), instance_group=name)
+        if key in counted
+        else _gauge(f"cache_reclaimer.{key}", float(value), instance_group=name)
+        for key, value in reclaim.items()
+    ]
 
 
 def _counter(name: str, value: int, **tags: str) -> a.Metric:

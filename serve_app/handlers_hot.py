@@ -54,7 +54,7 @@ async def get_cache_location(call: Call) -> bytes:
         inside = _prefix_match(call, request, keys)
     elif request.query_type == m.QueryType.QT_BATCH_GET:
         hits, found = _lookup(call, keys)
-        call.backend.touch(call.instance, keys[hits], len(keys))
+        call.backend.touch(call.instance, keys[hits], len(keys), chained=False)
         inside = _encode(call, found, hits)
     elif request.query_type == m.QueryType.QT_REVERSE_ROLL_SW_MATCH:
         inside = _window_match(call, request, keys)
@@ -133,6 +133,7 @@ async def start_write_cache(call: Call) -> bytes:
             session_id=new_session_id(),
             timeout_ms=min(request.write_timeout_seconds * 1000, SESSION_TIMEOUT_MAX_MS),
             spec_group_names=names,
+            partial_tail=request.partial_tail,
         ),
     )
     assert isinstance(started, WriteStarted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from secrets import token_hex
 from typing import Any
 
@@ -48,6 +49,9 @@ async def register_instance(call: Call) -> dict[str, Any]:
         location_spec_infos=request.location_spec_infos,
         model_deployment=request.model_deployment,
         location_spec_groups=request.location_spec_groups,
+        model_version=request.model_version,
+        supersedes=request.supersedes,
+        handover_seconds=request.handover_seconds,
     )
     stored: InstanceInfo = await call.backend.registry("register_instance", info)
     return {"storage_configs": storage_configs(call.backend, stored)}
@@ -85,15 +89,7 @@ def shown(info: InstanceInfo) -> InstanceInfo:
     """`info` as the wire shows it: spec groups and the names in them are sorted."""
     groups = sorted(info.location_spec_groups, key=lambda g: g.name)
     sorted_groups = tuple(LocationSpecGroup(g.name, tuple(sorted(g.spec_names))) for g in groups)
-    return InstanceInfo(
-        quota_group_name=info.quota_group_name,
-        instance_group_name=info.instance_group_name,
-        instance_id=info.instance_id,
-        block_size=info.block_size,
-        location_spec_infos=info.location_spec_infos,
-        model_deployment=info.model_deployment,
-        location_spec_groups=sorted_groups,
-    )
+    return dataclasses.replace(info, location_spec_groups=sorted_groups)
 
 
 # --------------------------------------------------------------------------------------- blocks

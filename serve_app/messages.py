@@ -16,6 +16,7 @@ from kvcm_ray.core.mask import BlockMask as CoreMask
 from kvcm_ray.core.model import (
     InstanceInfo,
     Int32,
+    Int64,
     LocationSpecGroup,
     LocationSpecInfo,
     ModelDeployment,
@@ -141,6 +142,9 @@ class RegisterInstanceRequest(Request):
     location_spec_infos: tuple[LocationSpecInfo, ...] = ()
     model_deployment: ModelDeployment | None = None
     location_spec_groups: tuple[LocationSpecGroup, ...] = ()
+    model_version: str = ""  #: additive, as are the next two
+    supersedes: str = ""  #: instance of the same group that this one replaces
+    handover_seconds: Int32 = 0  #: time in which that one gives up its share; 0 = an hour
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +201,7 @@ class GetCacheMetaResponse(MetaResponse):
 class StartWriteCacheRequest(BlocksRequest):
     location_spec_group_names: tuple[str, ...] = ()  #: empty, or one for each block
     write_timeout_seconds: Int32 = 0  #: 0 or less: 30 s
+    partial_tail: bool = False  #: additive: the last block is one that the prompt fills only partly
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +222,39 @@ class FinishWriteCacheRequest(Request):
 @dataclass(frozen=True, slots=True)
 class RemoveCacheRequest(BlocksRequest):
     block_mask: BlockMask | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseCacheRequest(BlocksRequest):
+    """Keep blocks that are there from being evicted for a while (additive)."""
+
+    lease_ms: Int32 = 0  #: from now on
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseCacheResponse(MetaResponse):
+    blocks: Int32 = 0  #: of the request, that are there and stay
+    lease_ms: Int32 = 0  #: granted
+
+
+@dataclass(frozen=True, slots=True)
+class PinCacheRequest(BlocksRequest):
+    """Never evict these blocks, those that come later included (additive)."""
+
+    name: str = ""  #: pinning under a name that exists replaces what it pinned
+    until_s: Int64 = 0  #: unix seconds; 0 = until unpinned
+
+
+@dataclass(frozen=True, slots=True)
+class UnpinCacheRequest(Request):
+    instance_id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PinCacheResponse(MetaResponse):
+    keys: Int32 = 0  #: that the pin names
+    blocks: Int32 = 0  #: of them that are there
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,8 @@ def _field_schema(hint: Any) -> dict[str, Any]:
         return {"type": "array", "items": _field_schema(get_args(hint)[0])}
     if dataclasses.is_dataclass(hint):
         return schema(hint)  # type: ignore[arg-type]
+    if get_origin(hint) is dict:
+        return {"type": "object"}
     if hint is bool:
         return {"type": "boolean"}
     if isinstance(hint, type) and issubclass(hint, enum.IntEnum):

@@ -2,8 +2,10 @@
 
 A message is a frozen dataclass. Its annotations say the wire type: ``str``, ``bool``, ``Int32``,
 ``Int64``, ``Double``, an ``IntEnum``, another message (``M | None``: may be unset), ``tuple[X,
-...]`` (repeated) and ``Int64Array`` (repeated int64 as a numpy array, for block keys and tokens).
-Field metadata: ``{"oneof": group}`` marks members of a oneof, ``{"wire": False}`` hides a field.
+...]`` (repeated), ``Int64Array`` (repeated int64 as a numpy array, for block keys and tokens) and
+``dict[str, Any]`` (a JSON object of any shape, as it is). Field metadata: ``{"oneof": group}`` marks
+members of a oneof, ``{"wire": False}`` hides a field, ``{"extension": True}`` marks one that the
+protocol lacks: it is written only when it differs from its default.
 
 Reading is lenient: snake_case or camelCase names, unknown fields and unknown enum names ignored,
 null is "unset", numbers in strings, one scalar for a repeated field, single quotes, unquoted keys
@@ -126,6 +128,7 @@ class FieldPlan:
     decode: Decoder
     encode: Encoder
     omit_none: bool
+    omitted: Any = _IGNORED  #: the value that is not written
 
 
 class MessagePlan:
@@ -161,6 +164,8 @@ class MessagePlan:
             value = getattr(message, field.name)
             if value is None and field.omit_none:
                 continue
+            if field.omitted is not _IGNORED and value == field.omitted:
+                continue
             result[field.name] = field.encode(value)
         return result
 
@@ -189,7 +194,9 @@ def _field_plans(cls: type[Any]) -> list[FieldPlan]:
             continue
         hint, optional = strip_optional(hints[field.name])
         decoder, encoder = _codec(hint)
-        plans.append(FieldPlan(field.name, hint, field.metadata.get("oneof", ""), decoder, encoder, optional))
+        oneof = field.metadata.get("oneof", "")
+        omitted = field.default if field.metadata.get("extension") else _IGNORED
+        plans.append(FieldPlan(field.name, hint, oneof, decoder, encoder, optional, omitted))
     return plans
 
 
@@ -220,6 +227,8 @@ def _codec(hint: Any) -> tuple[Decoder, Encoder]:
         return _int64_array, lambda array: [str(v) for v in array.tolist()]
     if get_origin(hint) is tuple:
         return _repeated(*_codec(get_args(hint)[0]))
+    if get_origin(hint) is dict:
+        return _object, dict
     if hint is str:
         return _string, str
     if hint is bool:
@@ -285,6 +294,12 @@ def _double(value: Any) -> float:
 
 def _number_out(value: float) -> int | float:
     return int(value) if float(value).is_integer() and abs(value) < 2**53 else value
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise BadJson("not an object")
+    return value
 
 
 def _string(value: Any) -> str:

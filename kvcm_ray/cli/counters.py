@@ -1,7 +1,7 @@
 """Do a manager's counters say what its indexes hold?
 
-Compares the gauges of each group with sums over the records: blocks, bytes used (readable or waiting
-to be erased), and bytes reserved by sessions.
+Compares the gauges of each group with sums over the records: blocks, bytes used (readable, copies in
+slower tiers included, or waiting to be erased), and bytes reserved by sessions.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def _count(view: RegistryView, group: str) -> dict[str, int]:
                 alive = run.locations.take(run.alive)
                 blocks += len(alive)
                 used += _bytes(alive, sizes)
+            used += _bytes(reader.all_copies()[1], sizes)
             used += sum(_bytes(record.locations, sizes) for record in reader.trash())
             reserved += sum(_bytes(record.locations, sizes) for record in reader.sessions())
         finally:

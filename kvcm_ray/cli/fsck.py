@@ -36,10 +36,10 @@ def fsck(deep: bool, target: Target, as_json: bool) -> int:
                 report.counters_ok = False
                 report.note(sentence)
     lines = [
-        f"{report.blocks} blocks in {report.instances} instances"
+        f"{report.blocks} blocks in {report.instances} instances, {report.copies} of them in two places"
         + ("" if api else " (the manager is not running: its counters were not asked)"),
         f"orphans            {human_bytes(report.orphan_bytes)}",
-        f"dangling locations {report.dangling_locations}",
+        f"dangling locations {report.dangling_locations} ({report.dangling_copies} of them copies)",
         f"without a header   {report.unverified_locations} (plain protocol clients write none)",
         f"corrupt records    {report.corrupt_records}",
         f"counters           {'ok' if report.counters_ok else 'WRONG'}",

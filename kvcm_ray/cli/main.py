@@ -14,7 +14,18 @@ from collections.abc import Sequence
 
 import click
 
-from kvcm_ray.cli import admin, bench, demo, fsck, lifecycle, replay, status
+from kvcm_ray.cli import (
+    bench,
+    capacity,
+    demo,
+    fsck,
+    groups,
+    instances,
+    lifecycle,
+    replay,
+    status,
+    storages,
+)
 from kvcm_ray.cli.output import EXIT_FAILED, EXIT_OK, EXIT_USAGE, fail
 from kvcm_ray.errors import InvalidArgument, KvcmError, Unsupported
 
@@ -34,9 +45,12 @@ for _command in (
     lifecycle.up,
     lifecycle.down,
     status.status,
-    admin.group,
-    admin.storage,
-    admin.instance,
+    capacity.capacity,
+    groups.group,
+    storages.storage,
+    instances.instance,
+    capacity.pin,
+    capacity.reclaimer,
     replay.replay,
     fsck.fsck,
     bench.bench,

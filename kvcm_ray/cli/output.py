@@ -63,6 +63,25 @@ def emit(data: Mapping[str, Any], as_json: bool, lines: Iterable[str]) -> None:
     click.echo(json.dumps(data, default=str) if as_json else "\n".join(lines))
 
 
+def done(text: str, as_json: bool, **data: Any) -> None:
+    """Print that a change was made."""
+    emit({"ok": True, **data}, as_json, [text])
+
+
+def confirm(what: str, yes: bool) -> None:
+    """Ask before something is removed. Raises ClickException if the answer is no."""
+    if yes:
+        return
+    try:
+        click.confirm(f"Remove {what}?", abort=True, err=True)
+    except click.Abort:  # "no", or there is nobody to ask
+        raise click.ClickException(f"{what} stays; --yes removes it without a question") from None
+
+
+yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+force_option = click.option("--force", is_flag=True, help="Even if others still use it.")
+
+
 def note(text: str) -> None:
     """Something the user should see that is not the result."""
     click.echo(text, err=True)
@@ -80,6 +99,22 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
             for cell, width, to_right in zip(line, widths, right, strict=True)
         ]
         lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def outline(value: Any, indent: str = "") -> list[str]:
+    """A JSON value as indented text, without the fields that say nothing."""
+    lines = []
+    for name, inner in value.items():
+        if isinstance(inner, dict):
+            nested = outline(inner, indent + "  ")
+            lines += [f"{indent}{name}:", *nested] if nested else []
+        elif isinstance(inner, list) and inner and isinstance(inner[0], dict):
+            for entry in inner:
+                lines += [f"{indent}{name}:", *outline(entry, indent + "  ")]
+        elif inner not in ("", [], None):
+            shown = ", ".join(map(str, inner)) if isinstance(inner, list) else inner
+            lines.append(f"{indent}{name}: {shown}")
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import sys
 import time
@@ -22,13 +23,20 @@ from kvcm_ray.cli.output import (
     json_option,
     note,
 )
-from kvcm_ray.cli.target import Target, target_options
+from kvcm_ray.cli.target import Target, open_api, target_options
 from kvcm_ray.client import connect_async
-from kvcm_ray.errors import InvalidArgument
+from kvcm_ray.core.model import ReclaimPolicy
+from kvcm_ray.errors import AlreadyExists, InvalidArgument
 from kvcm_ray.traces import BUNDLED, TraceRequest, open_trace
 from kvcm_ray.traces.replay import CALLS, Replay, Report
 
 TOKENS_PER_BLOCK = 512  #: of the bundled traces; only described, nothing here depends on it
+POLICIES = {
+    "lru": ReclaimPolicy.POLICY_LRU,
+    "lfu": ReclaimPolicy.POLICY_LFU,
+    "ttl": ReclaimPolicy.POLICY_TTL,
+    "adaptive": ReclaimPolicy.POLICY_ADAPTIVE,
+}
 
 
 class Speed(click.ParamType):  # type: ignore[type-arg]
@@ -49,7 +57,13 @@ class Speed(click.ParamType):  # type: ignore[type-arg]
 @click.command()
 @click.argument("trace")
 @click.option("--group", default="default", show_default=True)
-@click.option("--instance", default="replay", show_default=True, help="Registered if it is new.")
+@click.option("--instance", help="Registered if it is new; 'replay', or the name of --quota-blocks' group.")
+@click.option(
+    "--quota-blocks", type=click.IntRange(min=1), metavar="N",
+    help="Replay in a group of its own that holds N blocks: like --group, emptied only as far as needed.",
+)  # fmt: skip
+@click.option("--policy", type=click.Choice(list(POLICIES)), help="What that group evicts by (lru).")
+@click.option("--partial-tail", is_flag=True, help="Tell which prompts fill their last block only partly.")
 @click.option("--block-bytes", type=BYTES, default="4KiB", show_default=True)
 @click.option("--limit", type=click.IntRange(min=0), help="Only the first so many requests.")
 @click.option("--speed", type=Speed(), default="max", show_default=True, help="Factor on the trace's pace.")
@@ -74,6 +88,10 @@ def replay(trace: str, target: Target, as_json: bool, **options: Any) -> int:
     """
     if options["wrap"] and not options["seconds"]:
         raise click.UsageError("--wrap needs --seconds, or it would never end")
+    if options["policy"] and not options["quota_blocks"]:
+        raise click.UsageError("--policy needs --quota-blocks; `kvcm group update --policy` is for others")
+    if options["block_bytes"] < 1:
+        raise click.BadParameter("must be above 0", param_hint="--block-bytes")
     try:
         requests = open_trace(trace, options["limit"])
     except InvalidArgument as error:
@@ -113,21 +131,60 @@ async def _run(
     trace: str, requests: Iterator[TraceRequest], target: Target, options: dict[str, Any]
 ) -> Report:
     block_bytes: int = options["block_bytes"]
-    if block_bytes < 1:
-        raise click.BadParameter("must be above 0", param_hint="--block-bytes")
-    seconds = options["seconds"]
-    async with await connect_async(_address(target, options["via"])) as client:
+    address = _address(target, options["via"])
+    group = options["group"]
+    if options["quota_blocks"]:
+        group = _group_of_blocks(target, group, options)
+    async with await connect_async(address) as client:
         instance = await client.register(
-            options["instance"],
-            options["group"],
+            options["instance"] or ("replay" if group == options["group"] else group),
+            group,
             block_size=TOKENS_PER_BLOCK,
             specs={"tp0": block_bytes},
             model_name=f"replay-{block_bytes}",
         )
         with _Progress(_total(trace, options)) as progress:
-            until_s = time.monotonic() + seconds if seconds else None
-            run = Replay(instance, block_bytes, options["window"], options["speed"], until_s, progress.show)
+            run = Replay(
+                instance,
+                block_bytes,
+                options["window"],
+                options["speed"],
+                time.monotonic() + options["seconds"] if options["seconds"] else None,
+                progress.show,
+                client.flush_touches if options["window"] == 1 else None,
+                options["partial_tail"],
+            )
             return await run.run(requests)
+
+
+def _group_of_blocks(target: Target, like: str, options: dict[str, Any]) -> str:
+    """Name of the group of exactly --quota-blocks blocks, which is made if it is not there.
+
+    Both water marks are the quota: nothing goes that need not. Readers have no lease, so that room is
+    made at once.
+    """
+    policy = options["policy"] or "lru"
+    blocks = options["quota_blocks"]
+    name = f"{like}-{policy}-{blocks}x{options['block_bytes']}"
+    with open_api(target) as api:
+        group = api.call("getInstanceGroup", name=like)["instance_group"]
+        group |= {"name": name, "version": 1}
+        group["quota"] = {"capacity": blocks * options["block_bytes"], "quota_config": []}
+        config = group.setdefault("cache_config", {})
+        config["meta_indexer_config"] = {
+            "meta_storage_backend_config": {"storage_type": "local"},
+            "meta_cache_policy_config": {"type": "lru"},
+        }
+        config["reclaim_strategy"] = {
+            "storage_unique_name": group["storage_candidates"][0],
+            "reclaim_policy": POLICIES[policy].name,
+            "trigger_strategy": {"used_percentage": 1.0},
+            "low_water_percentage": 1.0,
+            "delay_before_delete_ms": 0,
+        }
+        with contextlib.suppress(AlreadyExists):
+            api.call("createInstanceGroup", instance_group=group)
+    return name
 
 
 def _total(trace: str, options: dict[str, Any]) -> int | None:

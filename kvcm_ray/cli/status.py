@@ -6,15 +6,18 @@ from typing import Any
 
 import click
 
-from kvcm_ray.cli.admin import _storage_kind
 from kvcm_ray.cli.output import emit, human_bytes, json_option, table
+from kvcm_ray.cli.reports import reports_at_hand
+from kvcm_ray.cli.storages import list_storages, storage_kind
 from kvcm_ray.cli.target import Api, Target, open_api, target_options
+from kvcm_ray.cli.values import human_seconds
 
 Json = dict[str, Any]
 
 GROUP_KEYS = (
     "used_bytes", "reserved_bytes", "quota_bytes", "blocks", "hit_blocks", "lookup_blocks",
 )  # fmt: skip
+CAPACITY_KEYS = ("reclaimable_bytes", "pinned_bytes", "fill_bytes_per_s", "seconds_to_full")
 _PREFIX = "cache_manager_group."
 
 
@@ -34,6 +37,7 @@ def collect(api: Api) -> Json:
     names = [g["name"] for g in api.call("listInstanceGroup")["instance_group"]]
     instances = api.call("listInstanceInfo", instance_group_name="")["instance_info"]
     usage = usage_of(api)
+    capacity = reports_at_hand(api)
     health = api.call("checkHealth")
     info = api.call("getManagerClusterInfo")
     return {
@@ -42,15 +46,16 @@ def collect(api: Api) -> Json:
             {
                 "name": name,
                 **{key: int(usage.get(name, {}).get(key, 0)) for key in GROUP_KEYS},
+                **{key: capacity.get(name, {}).get(key) for key in CAPACITY_KEYS},
                 "available": bool(usage.get(name, {}).get("available", 0)),
                 "instances": sum(i["instance_group_name"] == name for i in instances),
             }
             for name in names
         ],
         "storages": [
-            {"name": s["global_unique_name"], "kind": kind, "path": path}
-            for s in api.call("listStorage")["storage"]
-            for kind, path in [_storage_kind(s)]
+            {"name": s["global_unique_name"], "kind": kind, "path": path, "state": s["state"]}
+            for s in list_storages(api)
+            for kind, path in [storage_kind(s)]
         ],
         "nodes": [{"node_id": info["self_node_id"], "role": "head", "alive": True}],
     }
@@ -75,21 +80,23 @@ def _lines(url: str, found: Json) -> list[str]:
             g["name"] if g["available"] else f"{g['name']} (away)",
             f"{human_bytes(g['used_bytes'])} of {human_bytes(g['quota_bytes'])}",
             human_bytes(g["reserved_bytes"]),
+            "-" if g["reclaimable_bytes"] is None else human_bytes(g["reclaimable_bytes"]),
+            "never" if g["seconds_to_full"] is None else human_seconds(g["seconds_to_full"]),
             g["blocks"],
             _ratio(g["hit_blocks"], g["lookup_blocks"]),
             g["instances"],
         )
         for g in found["groups"]
     ]
-    headings = ("group", "used", "being written", "blocks", "hits", "instances")
-    storages = [(s["name"], s["kind"], s["path"]) for s in found["storages"]]
+    headings = ("group", "used", "being written", "reclaimable", "full in", "blocks", "hits", "instances")
+    storages = [(s["name"], s["kind"], s["path"], s["state"]) for s in found["storages"]]
     state = "healthy" if found["healthy"] else "NOT healthy"
     return [
         f"{url}  {state}",
         "",
         *table(headings, rows),
         "",
-        *table(("storage", "kind", "path"), storages),
+        *table(("storage", "kind", "path", "state"), storages),
     ]
 
 

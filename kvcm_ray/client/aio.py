@@ -43,6 +43,9 @@ class AsyncClient:
         dtype: str = "bytes",
         spec_groups: Mapping[str, Sequence[str]] | None = None,
         deployment: ModelDeployment | None = None,
+        model_version: str = "",
+        supersedes: str = "",
+        handover_s: int = 0,
     ) -> AsyncInstance:
         """Register a model configuration, or find it registered. Any number of processes may do so.
 
@@ -55,10 +58,14 @@ class AsyncClient:
             model_name, dtype: described to others; part of the identity.
             spec_groups: named subsets of the specs, for blocks that have only some of them.
             deployment: all of the model's description at once, instead of the two above.
+            model_version: names the weights, and whatever else makes blocks of two instances differ.
+            supersedes: an instance of the same group that this one replaces. Both are served; the
+                share of the quota that the other one may use shrinks to nothing.
+            handover_s: time that this takes; 0 is an hour.
 
         Raises:
-            InstanceMismatch: the id is registered with another shape.
-            GroupNotFound, InstanceLimitReached, InvalidArgument, Unavailable.
+            InstanceMismatch: the id is registered with another shape or model version.
+            GroupNotFound, InstanceLimitReached, InstanceNotFound, InvalidArgument, Unavailable.
         """
         if not 0 < len(specs) <= SPECS_PER_INSTANCE_MAX:
             raise InvalidArgument(f"1 to {SPECS_PER_INSTANCE_MAX} specs needed, got {len(specs)}")
@@ -77,12 +84,27 @@ class AsyncClient:
             location_spec_groups=tuple(
                 LocationSpecGroup(name, tuple(names)) for name, names in (spec_groups or {}).items()
             ),
+            model_version=model_version,
+            supersedes=supersedes,
+            handover_seconds=handover_s,
         )
         return self._handle(await self.backend.register(info, CALL_TIMEOUT_S))
 
     async def instance(self, instance_id: str) -> AsyncInstance:
         """Handle of a registered instance. Raises InstanceNotFound, Unavailable."""
         return self._handle(await self.backend.instance(instance_id, CALL_TIMEOUT_S))
+
+    async def flush_touches(self) -> None:
+        """Tell the manager at once of all reads so far, and wait until it knows.
+
+        It is told in the background anyway, a moment later; this is for replays whose outcome must
+        not depend on that moment. By URL there is nothing to send: the manager's replicas report the
+        reads that they serve, in their own time.
+
+        Raises:
+            KvcmError: some of the reports were lost.
+        """
+        await self.backend.flush_touches()
 
     async def close(self) -> None:
         """Send pending reports and give back connections, mappings and threads."""

@@ -8,6 +8,7 @@ by HTTP. Both answer in the same terms. With `blocking` true their coroutines ne
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -16,9 +17,30 @@ from kvcm_ray.client.results import Lookup, WritePlan
 from kvcm_ray.client.transfer import Blocks
 from kvcm_ray.core.mask import BlockMask
 from kvcm_ray.core.model import InstanceInfo
-from kvcm_ray.core.requests import BlockLocations, Keys, Removed, TrimInstance, WriteFinished
+from kvcm_ray.core.requests import (
+    BlockLocations,
+    Keys,
+    Leased,
+    PinBlocks,
+    Pinned,
+    Removed,
+    TrimInstance,
+    UnpinBlocks,
+    WriteFinished,
+)
 
 CALL_TIMEOUT_S = 15.0  #: of a metadata call whose caller has no deadline of its own
+NO_SEGMENT = 2**32 - 1  #: in locations: there is none; no such segment exists
+
+
+@dataclass(frozen=True, slots=True)
+class NewBlocks:
+    """What a write session is asked for; see `Instance.start_write`."""
+
+    keys: Keys
+    lease_s: float
+    spec_groups: tuple[str, ...] = ()
+    partial_tail: bool = False
 
 
 class Backend(Protocol):
@@ -40,14 +62,14 @@ class Backend(Protocol):
 
     async def lookup(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Lookup: ...
 
-    async def start_write(
-        self,
-        info: InstanceInfo,
-        keys: Keys,
-        lease_s: float,
-        spec_groups: tuple[str, ...],
-        timeout_s: float,
-    ) -> WritePlan: ...
+    async def elsewhere(self, info: InstanceInfo, tried: Blocks, timeout_s: float) -> Blocks:
+        """The same keys in the same order, at another place than they were looked for: they were moved
+        since, or have a copy. `NO_SEGMENT` for those that have none."""
+
+    async def lease(self, info: InstanceInfo, keys: Keys, lease_s: float, timeout_s: float) -> Leased: ...
+
+    async def start_write(self, info: InstanceInfo, new: NewBlocks, timeout_s: float) -> WritePlan:
+        """A write that finds no room waits for it within `timeout_s`, if waiting may help."""
 
     async def finish_write(
         self, info: InstanceInfo, session_id: str, success: BlockMask, timeout_s: float
@@ -57,6 +79,11 @@ class Backend(Protocol):
         """`Removed.blocks` is -1 where the protocol does not say how many."""
 
     async def trim(self, info: InstanceInfo, what: TrimInstance, timeout_s: float) -> Removed: ...
+
+    async def pin(self, info: InstanceInfo, what: PinBlocks | UnpinBlocks, timeout_s: float) -> Pinned: ...
+
+    async def flush_touches(self) -> None:
+        """Wait until the manager has been told of all reads so far."""
 
     async def close(self) -> None: ...
 

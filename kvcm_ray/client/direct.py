@@ -7,6 +7,7 @@ started again on the data directory, changes go to the new one by HTTP.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -17,9 +18,11 @@ import numpy as np
 
 from kvcm_ray.actors.handles import GroupHandle, RegistryHandle
 from kvcm_ray.actors.join import joined_manager, manager_facts
+from kvcm_ray.actors.registry_store import Contents
 from kvcm_ray.actors.view import RegistryView
-from kvcm_ray.client.backend import new_id
+from kvcm_ray.client.backend import NO_SEGMENT, NewBlocks, new_id
 from kvcm_ray.client.http import HttpBackend
+from kvcm_ray.client.places import differ, fill
 from kvcm_ray.client.results import Lookup, WritePlan
 from kvcm_ray.client.touches import TouchCollector
 from kvcm_ray.client.transfer import Blocks
@@ -28,17 +31,23 @@ from kvcm_ray.core.model import InstanceInfo, Segment
 from kvcm_ray.core.requests import (
     BlockLocations,
     FinishWrite,
+    Flags,
     Keys,
+    LeaseBlocks,
+    Leased,
+    PinBlocks,
+    Pinned,
     RemoveBlocks,
     Removed,
     Request,
     StartWrite,
     Touch,
     TrimInstance,
+    UnpinBlocks,
     WriteFinished,
     WriteStarted,
 )
-from kvcm_ray.errors import NotFound, Unavailable
+from kvcm_ray.errors import InstanceNotFound, NotFound, Unavailable
 from kvcm_ray.index import IndexReader
 
 TOUCH_TIMEOUT_S = 2.0
@@ -81,6 +90,16 @@ def _distinct(locations: BlockLocations) -> Iterable[int]:
     return (int(first),) if (ids == first).all() else np.unique(ids).tolist()
 
 
+def _on_enabled(blocks: Blocks) -> Flags:
+    """Which blocks are on a storage that the operator has not disabled."""
+    disabled = [
+        number
+        for number, segment in blocks.segments.items()
+        if segment.storage in blocks.storages and not blocks.storages[segment.storage].is_available
+    ]
+    return ~np.isin(blocks.locations.segment, disabled)
+
+
 def _running_manager(data_dir: Path) -> tuple[str, str]:
     """Id and URL of the manager of a data directory; "" if none is ready there."""
     try:
@@ -104,6 +123,8 @@ class DirectBackend:
         self._manager = joined_manager(view.data_dir) or _running_manager(view.data_dir)[0]
         self._successor: HttpBackend | None = None
         self._look_at = 0.0
+        self._judged: Contents | None = None
+        self._disabled = False
 
     @property
     def address(self) -> str:
@@ -137,50 +158,92 @@ class DirectBackend:
     # ----------------------------------------------------------------------------------- reads
 
     async def match_length(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> int:
-        index = self._index(info)
+        contents = self.view.contents()
+        if self._some_disabled(contents):  # then the locations matter
+            return len(await self.match(info, keys, timeout_s))
+        index = self._index(info, contents)
         length = index.refreshed().match_length(keys) if index and len(keys) else 0
         self._touch(info, keys[:length], len(keys))
         return length
 
     async def match(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Blocks:
-        index = self._index(info)
+        contents = self.view.contents()
+        index = self._index(info, contents)
         if index is None or not len(keys):
             self._touch(info, keys[:0], len(keys))
-            return Blocks(keys[:0], BlockLocations.empty(), {}, self.view.storages())
+            return Blocks(keys[:0], BlockLocations.empty(), {}, contents.storages)
         found = index.refreshed().match(keys)
-        hits = keys[: found.length]
-        self._touch(info, hits, len(keys))
         segments = index.segments_of(found.locations)
-        return Blocks(hits, found.locations, segments, self.view.storages())
+        blocks = Blocks(keys[: found.length], found.locations, segments, contents.storages)
+        if self._some_disabled(contents):
+            blocks, flags = self._enabled(index, blocks)
+            blocks = blocks.take(slice(0, len(flags) if flags.all() else int(np.argmin(flags))))
+        self._touch(info, blocks.keys, len(keys))
+        return blocks
 
     async def lookup(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Lookup:
-        index = self._index(info)
+        contents = self.view.contents()
+        index = self._index(info, contents)
         if index is None or not len(keys):
-            none = Blocks(keys[:0], BlockLocations.empty(), {}, self.view.storages())
+            none = Blocks(keys[:0], BlockLocations.empty(), {}, contents.storages)
             return Lookup(np.zeros(len(keys), np.bool_), none)
         flags, locations = index.refreshed().lookup(keys)
         found = locations.take(flags)
-        segments = index.segments_of(found)
-        return Lookup(flags, Blocks(keys[flags], found, segments, self.view.storages()))
+        blocks = Blocks(keys[flags], found, index.segments_of(found), contents.storages)
+        if self._some_disabled(contents):
+            blocks, enabled = self._enabled(index, blocks)
+            blocks = blocks.take(enabled)
+            flags[flags] = enabled
+        self._touch(info, blocks.keys, len(keys), chained=False)
+        return Lookup(flags, blocks)
+
+    async def elsewhere(self, info: InstanceInfo, tried: Blocks, timeout_s: float) -> Blocks:
+        contents = self.view.contents()
+        index = self._index(info, contents)
+        places = BlockLocations.empty(len(tried))
+        places.segment[:] = NO_SEGMENT
+        if index is None:
+            return Blocks(tried.keys, places, {}, contents.storages)
+        reader = index.refreshed()
+        fill(places, *reader.copies(tried.keys))
+        serving, now = reader.lookup(tried.keys)
+        fill(places, serving & differ(now, tried.locations), now)
+        return Blocks(tried.keys, places, index.segments_of(places), contents.storages)
+
+    def _some_disabled(self, contents: Contents) -> bool:
+        if contents is not self._judged:
+            self._judged = contents
+            self._disabled = any(not storage.is_available for storage in contents.storages.values())
+        return self._disabled
+
+    def _enabled(self, index: _Index, blocks: Blocks) -> tuple[Blocks, Flags]:
+        """Which blocks are on a storage that is not disabled; those that have a copy on one, there."""
+        enabled = _on_enabled(blocks)
+        places = BlockLocations.joined([blocks.locations])  # a copy
+        has_copy, copies = index.reader.copies(blocks.keys)
+        fill(places, has_copy & ~enabled, copies)
+        moved = Blocks(blocks.keys, places, index.segments_of(places), blocks.storages)
+        return moved, _on_enabled(moved)
+
+    async def lease(self, info: InstanceInfo, keys: Keys, lease_s: float, timeout_s: float) -> Leased:
+        if (http := self._by_http()) is not None:
+            return await http.lease(info, keys, lease_s, timeout_s)
+        request = LeaseBlocks(info.instance_id, keys, max(1, int(lease_s * 1000)))
+        leased: Leased = await self._call(info, request, timeout_s)
+        return leased
 
     # ---------------------------------------------------------------------------------- writes
 
-    async def start_write(
-        self,
-        info: InstanceInfo,
-        keys: Keys,
-        lease_s: float,
-        spec_groups: tuple[str, ...],
-        timeout_s: float,
-    ) -> WritePlan:
+    async def start_write(self, info: InstanceInfo, new: NewBlocks, timeout_s: float) -> WritePlan:
         if (http := self._by_http()) is not None:
-            return await http.start_write(info, keys, lease_s, spec_groups, timeout_s)
+            return await http.start_write(info, new, timeout_s)
         begin_s = time.monotonic()
+        lease_ms = max(1, int(new.lease_s * 1000))
         request = StartWrite(
-            new_id(), info.instance_id, keys, new_id(), max(1, int(lease_s * 1000)), spec_groups
+            new_id(), info.instance_id, new.keys, new_id(), lease_ms, new.spec_groups, new.partial_tail
         )
         reply: WriteStarted = await self._call(info, request, timeout_s)
-        blocks = Blocks(keys[~reply.exists], reply.locations, reply.segments, self.view.storages())
+        blocks = Blocks(new.keys[~reply.exists], reply.locations, reply.segments, self.view.storages())
         deadline_s = begin_s + reply.lease_ms / 1000  # before the manager's own, by the call's time
         return WritePlan(reply.session_id, reply.exists, blocks, deadline_s)
 
@@ -206,6 +269,18 @@ class DirectBackend:
             return await http.trim(info, what, timeout_s)
         removed: Removed = await self._call(info, what, timeout_s)
         return removed
+
+    async def pin(self, info: InstanceInfo, what: PinBlocks | UnpinBlocks, timeout_s: float) -> Pinned:
+        if (http := self._by_http()) is not None:
+            return await http.pin(info, what, timeout_s)
+        pinned: Pinned = await self._call(info, what, timeout_s)
+        return pinned
+
+    async def flush_touches(self) -> None:
+        if self.blocking:
+            self._touches.flush()
+        else:
+            await asyncio.to_thread(self._touches.flush)
 
     # ------------------------------------------------------------------------------- internals
 
@@ -233,13 +308,15 @@ class DirectBackend:
                 handle = self._groups.setdefault(name, GroupHandle(name))
         return handle
 
-    def _index(self, info: InstanceInfo) -> _Index | None:
+    def _index(self, info: InstanceInfo, contents: Contents) -> _Index | None:
         """The index of the instance as it is registered now; None while it has none yet.
 
         Raises:
             InstanceNotFound: it was removed.
         """
-        current = self.view.instance(info.instance_id)
+        current = contents.instances.get(info.instance_id)
+        if current is None:
+            raise InstanceNotFound(f"instance {info.instance_id!r} is not registered (any more)")
         index = self._indexes.get(current.uid)
         if index is None:
             with self._lock:
@@ -259,9 +336,9 @@ class DirectBackend:
         for uid in self._indexes.keys() - uids:
             self._indexes.pop(uid).reader.close()
 
-    def _touch(self, info: InstanceInfo, hits: Keys, lookups: int) -> None:
+    def _touch(self, info: InstanceInfo, hits: Keys, lookups: int, chained: bool = True) -> None:
         if lookups and self._successor is None:
-            touch = Touch(info.instance_id, hits, lookups)
+            touch = Touch(info.instance_id, hits, lookups, chained)
             self._touches.add(info.instance_group_name, touch)
 
     def _send_touches(self, group: str, touches: Sequence[Touch]) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 import orjson
 
 from kvcm_ray import errors
-from kvcm_ray.client.backend import new_id, no_blocks
+from kvcm_ray.client.backend import NO_SEGMENT, NewBlocks, new_id, no_blocks
+from kvcm_ray.client.places import differ, fill
 from kvcm_ray.client.results import Lookup, WritePlan
 from kvcm_ray.client.transfer import Blocks
 from kvcm_ray.core.mask import BlockMask
@@ -31,7 +32,18 @@ from kvcm_ray.core.model import (
     from_plain,
     to_plain,
 )
-from kvcm_ray.core.requests import BlockLocations, Flags, Keys, Removed, TrimInstance, WriteFinished
+from kvcm_ray.core.requests import (
+    BlockLocations,
+    Flags,
+    Keys,
+    Leased,
+    PinBlocks,
+    Pinned,
+    Removed,
+    TrimInstance,
+    UnpinBlocks,
+    WriteFinished,
+)
 from kvcm_ray.core.uri import ParsedUri, parse_uri
 from kvcm_ray.errors import KvcmError, Unavailable
 from kvcm_ray.storage_adapters import layout
@@ -39,7 +51,6 @@ from kvcm_ray.storage_adapters import layout
 Json = dict[str, Any]
 
 _SHM = "/dev/shm/"
-_NO_SEGMENT = 2**32 - 1
 _CODE = re.compile(r" \((KVCM-[A-Z][0-9]{3})\)$")
 _BY_CODE: dict[str, type[KvcmError]] = {
     value.code: value
@@ -128,6 +139,9 @@ class HttpBackend:
         for name in ("instance_id", "block_size", "location_spec_infos", "model_deployment"):
             body[name] = fields[name]
         body["location_spec_groups"] = fields["location_spec_groups"]
+        for name in ("model_version", "supersedes", "handover_seconds"):
+            if fields[name]:  # ours; a manager of others has no such fields
+                body[name] = fields[name]
         answer = await self.post("registerInstance", body, timeout_s)
         self._storages[info.instance_id] = _storages(answer.get("storage_configs") or "[]")
         return info
@@ -153,6 +167,26 @@ class HttpBackend:
         present = [answer for answer, hit in zip(answers, found, strict=True) if hit]
         return Lookup(flags, await self._blocks(info, keys[flags], present, timeout_s))
 
+    async def elsewhere(self, info: InstanceInfo, tried: Blocks, timeout_s: float) -> Blocks:
+        """The wire has one location a block, so only blocks that were moved since are elsewhere."""
+        found = await self.lookup(info, tried.keys, timeout_s)
+        places = BlockLocations.empty(len(tried))
+        places.segment[:] = NO_SEGMENT
+        now = BlockLocations.empty(len(tried))
+        for name in ("segment", "slot", "generation"):
+            getattr(now, name)[found.flags] = getattr(found.blocks.locations, name)
+        fill(places, found.flags & differ(now, tried.locations), now)
+        return Blocks(tried.keys, places, found.blocks.segments, found.blocks.storages)
+
+    async def lease(self, info: InstanceInfo, keys: Keys, lease_s: float, timeout_s: float) -> Leased:
+        body = {
+            "instance_id": info.instance_id,
+            "block_keys": keys,
+            "lease_ms": max(1, int(lease_s * 1000)),
+        }
+        answer = await self.post("leaseCache", body, timeout_s)
+        return Leased(int(answer["blocks"]), int(answer["lease_ms"]))
+
     async def _get(self, info: InstanceInfo, query: str, keys: Keys, timeout_s: float) -> Sequence[Json]:
         if not len(keys):
             return []  # the protocol refuses a query of no keys
@@ -162,28 +196,24 @@ class HttpBackend:
 
     # ---------------------------------------------------------------------------------- writes
 
-    async def start_write(
-        self,
-        info: InstanceInfo,
-        keys: Keys,
-        lease_s: float,
-        spec_groups: tuple[str, ...],
-        timeout_s: float,
-    ) -> WritePlan:
+    async def start_write(self, info: InstanceInfo, new: NewBlocks, timeout_s: float) -> WritePlan:
+        keys = new.keys
         if not len(keys):
             return WritePlan(new_id(), np.zeros(0, np.bool_), no_blocks(), time.monotonic())
         begin_s = time.monotonic()
-        seconds = max(1, int(lease_s))  # the protocol counts whole seconds
-        body = {
+        seconds = max(1, int(new.lease_s))  # the protocol counts whole seconds
+        body: Json = {
             "instance_id": info.instance_id,
             "block_keys": keys,
             "write_timeout_seconds": seconds,
-            "location_spec_group_names": spec_groups,
+            "location_spec_group_names": new.spec_groups,
         }
+        if new.partial_tail:
+            body["partial_tail"] = True
         answer = await self.post("startWriteCache", body, timeout_s)
         exists = _exists(answer["block_mask"], len(keys))
         blocks = await self._blocks(info, keys[~exists], answer["locations"], timeout_s)
-        deadline_s = begin_s + min(lease_s, seconds)
+        deadline_s = begin_s + min(new.lease_s, seconds)
         return WritePlan(answer["write_session_id"], exists, blocks, deadline_s)
 
     async def finish_write(
@@ -219,6 +249,18 @@ class HttpBackend:
         await self.post("trimCache", body, timeout_s)
         return Removed(-1)
 
+    async def pin(self, info: InstanceInfo, what: PinBlocks | UnpinBlocks, timeout_s: float) -> Pinned:
+        body: Json = {"instance_id": info.instance_id, "name": what.name}
+        if isinstance(what, UnpinBlocks):
+            answer = await self.post("unpinCache", body, timeout_s)
+        else:
+            body |= {"block_keys": what.keys, "until_s": what.until_s}
+            answer = await self.post("pinCache", body, timeout_s)
+        return Pinned(int(answer["keys"]), int(answer["blocks"]))
+
+    async def flush_touches(self) -> None:
+        """The manager's replicas report the reads that they serve, by themselves and a moment later."""
+
     # ------------------------------------------------------------------------------- locations
 
     async def _blocks(
@@ -242,7 +284,7 @@ class HttpBackend:
             segment = self._segment(uri, storages)
             if segment is not None:
                 segments[segment.segment_id] = segment
-            number = _NO_SEGMENT if segment is None else segment.segment_id
+            number = NO_SEGMENT if segment is None else segment.segment_id
             numbers[:, position] = number, uri.slot, uri.generation
         return Blocks(keys, BlockLocations(*numbers), segments, storages)
 

@@ -37,7 +37,8 @@ class Match:
 
     length: int  #: blocks, counted from the first key
     blocks: Blocks  #: those blocks, in order
-    error: KvcmError | None = None  #: why nothing could be looked up; length is 0 then
+    error: KvcmError | None = None  #: why nothing could be looked up (length is 0 then), or leased
+    leased_s: float = 0.0  #: these blocks are not reclaimed for so long; 0 = no such promise
 
     @property
     def locations(self) -> BlockLocations:

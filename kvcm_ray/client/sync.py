@@ -19,7 +19,7 @@ from kvcm_ray.client.runtime import drive
 from kvcm_ray.client.session import AsyncWriteSession, Success
 from kvcm_ray.client.transfer import Blocks, Moved
 from kvcm_ray.core.model import InstanceInfo, ModelDeployment
-from kvcm_ray.core.requests import BlockLocations, Flags, Keys, WriteFinished
+from kvcm_ray.core.requests import BlockLocations, Flags, Keys, Pinned, WriteFinished
 
 
 class WriteSession:
@@ -97,8 +97,13 @@ class Instance:
     def block_keys(self, tokens: Sequence[int] | npt.NDArray[np.int64]) -> Keys:
         return self._instance.block_keys(tokens)
 
-    def match(self, keys: KeyList, *, limit: int | None = None, timeout_s: float = 2.0) -> Match:
-        return drive(self._instance.match(keys, limit=limit, timeout_s=timeout_s))
+    def match(
+        self, keys: KeyList, *, limit: int | None = None, lease_s: float = 0, timeout_s: float = 2.0
+    ) -> Match:
+        return drive(self._instance.match(keys, limit=limit, lease_s=lease_s, timeout_s=timeout_s))
+
+    def lease(self, keys: KeyList, seconds: float, *, timeout_s: float = 2.0) -> int:
+        return drive(self._instance.lease(keys, seconds, timeout_s=timeout_s))
 
     def match_length(self, keys: KeyList, *, limit: int | None = None, timeout_s: float = 2.0) -> int:
         return drive(self._instance.match_length(keys, limit=limit, timeout_s=timeout_s))
@@ -107,17 +112,31 @@ class Instance:
         return drive(self._instance.lookup(keys, timeout_s=timeout_s))
 
     def start_write(
-        self, keys: KeyList, timeout_s: float = 30, spec_groups: Sequence[str] | None = None
+        self,
+        keys: KeyList,
+        timeout_s: float = 30,
+        spec_groups: Sequence[str] | None = None,
+        *,
+        partial_tail: bool = False,
     ) -> WriteSession:
-        return WriteSession(drive(self._instance.start_write(keys, timeout_s, spec_groups)))
+        started = self._instance.start_write(keys, timeout_s, spec_groups, partial_tail=partial_tail)
+        return WriteSession(drive(started))
 
     def write(self, plan: WritePlan, buffers: SpecBuffers, spec: str | None = None) -> Moved:
         return drive(self._instance.write(plan, buffers, spec))
 
     def put(
-        self, keys: KeyList, buffers: SpecBuffers, *, spec: str | None = None, timeout_s: float = 30
+        self,
+        keys: KeyList,
+        buffers: SpecBuffers,
+        *,
+        spec: str | None = None,
+        partial_tail: bool = False,
+        timeout_s: float = 30,
     ) -> PutResult:
-        return drive(self._instance.put(keys, buffers, spec=spec, timeout_s=timeout_s))
+        return drive(
+            self._instance.put(keys, buffers, spec=spec, partial_tail=partial_tail, timeout_s=timeout_s)
+        )
 
     def get(
         self,
@@ -138,6 +157,12 @@ class Instance:
         deadline_s: float | None = 2.0,
     ) -> GetResult:
         return drive(self._instance.read(blocks, buffers, spec=spec, deadline_s=deadline_s))
+
+    def pin(self, name: str, keys: KeyList, until_s: int = 0) -> Pinned:
+        return drive(self._instance.pin(name, keys, until_s))
+
+    def unpin(self, name: str) -> Pinned:
+        return drive(self._instance.unpin(name))
 
     def remove(self, keys: KeyList) -> int:
         return drive(self._instance.remove(keys))
@@ -170,6 +195,9 @@ class Client:
         dtype: str = "bytes",
         spec_groups: Mapping[str, Sequence[str]] | None = None,
         deployment: ModelDeployment | None = None,
+        model_version: str = "",
+        supersedes: str = "",
+        handover_s: int = 0,
     ) -> Instance:
         found = self._client.register(
             instance_id,
@@ -180,11 +208,17 @@ class Client:
             dtype=dtype,
             spec_groups=spec_groups,
             deployment=deployment,
+            model_version=model_version,
+            supersedes=supersedes,
+            handover_s=handover_s,
         )
         return Instance(drive(found))
 
     def instance(self, instance_id: str) -> Instance:
         return Instance(drive(self._client.instance(instance_id)))
+
+    def flush_touches(self) -> None:
+        drive(self._client.flush_touches())
 
     def close(self) -> None:
         drive(self._client.close())

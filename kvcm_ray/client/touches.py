@@ -1,7 +1,8 @@
 """Reports of reads, sent in the background: they steer eviction and count hits. Some may be lost.
 
 At most `PENDING_MAX` reports wait (older ones are dropped) and one call every `EVERY_S` carries
-them.
+them, in the order of the reads. `flush` sends them at once, for callers that need to know when the
+manager has heard of their reads.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from kvcm_ray.core.requests import Touch
+from kvcm_ray.errors import KvcmError
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class TouchCollector:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
+        self._sending = threading.Lock()  #: held until what was taken has arrived
 
     def add(self, group: str, touch: Touch) -> None:
         self._pending.append((group, touch))  # atomic; drops the oldest when full
@@ -46,19 +49,29 @@ class TouchCollector:
             self._thread.join(timeout=1.0)
 
     def flush(self) -> None:
-        """Send what is pending now."""
+        """Send what is pending and wait until it has arrived, what the thread is sending included.
+
+        Raises:
+            KvcmError: the reports of some group were lost.
+        """
+        lost: KvcmError | None = None
+        with self._sending:
+            for group, touches in self._taken().items():
+                try:
+                    self._send(group, touches)
+                except KvcmError as error:
+                    log.debug("%d touches of group %s were lost: %s", len(touches), group, error)
+                    lost = lost or error
+        if lost is not None:
+            raise lost
+
+    def _taken(self) -> dict[str, list[Touch]]:
+        """All that is pending, by group."""
         by_group: dict[str, list[Touch]] = {}
-        while self._pending:
-            try:
-                group, touch = self._pending.popleft()
-            except IndexError:  # another thread took it
-                break
+        for _ in range(len(self._pending)):  # what is added meanwhile waits for the next time
+            group, touch = self._pending.popleft()
             by_group.setdefault(group, []).append(touch)
-        for group, touches in by_group.items():
-            try:
-                self._send(group, touches)
-            except Exception as error:  # nothing here may end the thread or disturb a reader
-                log.debug("%d touches of group %s were lost: %s", len(touches), group, error)
+        return by_group
 
     def _start(self) -> None:
         with self._lock:
@@ -71,4 +84,7 @@ class TouchCollector:
             self._wake.wait()
             self._closed.wait(EVERY_S)
             self._wake.clear()
-            self.flush()
+            try:
+                self.flush()
+            except Exception as error:  # nothing here may end the thread or disturb a reader
+                log.debug("touches were lost: %s", error)

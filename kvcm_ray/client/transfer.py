@@ -45,7 +45,7 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def take(self, index: Index | slice) -> Blocks:
+    def take(self, index: Index | Flags | slice) -> Blocks:
         return Blocks(self.keys[index], self.locations.take(index), self.segments, self.storages)
 
 

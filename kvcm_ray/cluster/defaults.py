@@ -117,9 +117,11 @@ def _cache_config(storage: str) -> CacheConfig:
         reclaim_strategy=CacheReclaimStrategy(
             storage_unique_name=storage,
             reclaim_policy=ReclaimPolicy.POLICY_LRU,
-            trigger_strategy=TriggerStrategy(used_percentage=0.8),
+            trigger_strategy=TriggerStrategy(used_percentage=0.95),
             delay_before_delete_ms=1000,
+            low_water_percentage=0.90,
         ),
+        # Of shm and file tiers it prefers none, so the order in which they were given decides.
         data_storage_strategy=CachePreferStrategy.CPS_PREFER_3FS,
         meta_indexer_config=MetaIndexerConfig(
             max_key_count=1_000_000,

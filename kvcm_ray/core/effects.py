@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvcm_ray.core.model import Segment
-from kvcm_ray.core.records import SessionRecord, TrashRecord, pack_answer
+from kvcm_ray.core.records import PinRecord, SessionRecord, TrashRecord, pack_answer
 from kvcm_ray.core.requests import BlockLocations, Keys, Removed, Reply, WriteFinished
 from kvcm_ray.errors import KvcmError
 
@@ -60,6 +60,46 @@ class DropBlocks:
 
 
 @dataclass(frozen=True, slots=True)
+class MoveBlocks:
+    """These SERVING blocks are at other locations from now on; all else about them stays."""
+
+    instance_id: str
+    keys: Keys  #: distinct, all of them in the index
+    locations: BlockLocations
+
+
+@dataclass(frozen=True, slots=True)
+class PutCopies:
+    """These SERVING blocks have a second, slower location, in place of an earlier second one."""
+
+    instance_id: str
+    keys: Keys
+    locations: BlockLocations
+
+
+@dataclass(frozen=True, slots=True)
+class DropCopies:
+    """Forget the second locations of these blocks; comes before a DropBlocks of the same keys."""
+
+    instance_id: str
+    keys: Keys  #: distinct, all of them have one
+
+
+@dataclass(frozen=True, slots=True)
+class PutPin:
+    """Store the record, replacing one of the same name."""
+
+    instance_id: str
+    record: PinRecord
+
+
+@dataclass(frozen=True, slots=True)
+class DropPin:
+    instance_id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class PutTrash:
     instance_id: str
     record: TrashRecord
@@ -91,6 +131,11 @@ Effect = (
     | DropSession
     | AddBlocks
     | DropBlocks
+    | MoveBlocks
+    | PutCopies
+    | DropCopies
+    | PutPin
+    | DropPin
     | PutTrash
     | DropTrash
     | RememberAnswer

@@ -9,20 +9,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvcm_ray.core.requests import BlockLocations, FinishWrite, Flags, Keys, StartWrite
+from kvcm_ray.core.requests import (
+    BlockLocations,
+    FinishWrite,
+    Flags,
+    Keys,
+    LeaseBlocks,
+    PinBlocks,
+    StartWrite,
+    UnpinBlocks,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class StartWriteEvent:
     request: StartWrite
     exists: Flags  #: one for each key of the request: SERVING according to the index
+    found: BlockLocations  #: aligned with the keys; zeros where not SERVING
     now_ms: int
     now_s: int
+    #: Bytes that earlier requests are waiting for: room that this one must leave.
+    ahead_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class FinishWriteEvent:
     request: FinishWrite
+    #: Where the block before the session's first one is (`GroupState.parent_key`), if it is SERVING.
+    parent: BlockLocations
     now_ms: int
     now_s: int
 
@@ -77,6 +91,71 @@ class TouchEvent:
     instance_id: str
     keys: Keys
     lookups: int
+    hits: Flags  #: which of the keys are SERVING (still)
+    found: BlockLocations
+    now_ms: int
+    chained: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseEvent:
+    request: LeaseBlocks
+    hits: Flags
+    found: BlockLocations
+    now_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class PinEvent:
+    request: PinBlocks
+    hits: Flags
+    found: BlockLocations
+    now_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnpinEvent:
+    """`hits` and `found` are the index's lookup of `GroupState.pinned_keys(instance, name)`."""
+
+    request: UnpinBlocks
+    hits: Flags
+    found: BlockLocations
+    now_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A write that waits for room; see `kvcm_ray.core.reclaim.want_of`."""
+
+    instance_id: str
+    nbytes: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReclaimEvent:
+    """Make room: one bounded step of evicting, demoting, promoting, draining and expiring.
+
+    `GroupState.next_reclaim_ms` tells when there is more to do. Waiting writes come in order.
+    """
+
+    now_ms: int
+    now_s: int
+    wants: tuple[Want, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MovedEvent:
+    """A reclaimer has copied blocks of a session of kind MOVE or PROMOTE, or gave up.
+
+    `hits` and `found` are the index's lookup of the session's keys (`GroupState.session_keys`).
+    """
+
+    instance_id: str
+    session_id: str
+    copied: Flags  #: one for each key: its bytes, verified, are at their new place
+    hits: Flags
+    found: BlockLocations
     now_ms: int
 
 
@@ -88,4 +167,9 @@ Event = (
     | DeletesConfirmed
     | Tick
     | TouchEvent
+    | LeaseEvent
+    | PinEvent
+    | UnpinEvent
+    | ReclaimEvent
+    | MovedEvent
 )

@@ -9,7 +9,9 @@ import numpy as np
 
 from kvcm_ray.core.effects import AddBlocks, DropSession, Effect, Outcome, RememberAnswer
 from kvcm_ray.core.events import FinishWriteEvent, Tick
+from kvcm_ray.core.inflight import release
 from kvcm_ray.core.ledger import Instance, Ledger
+from kvcm_ray.core.records import SessionKind
 from kvcm_ray.core.requests import BlockLocations, Flags, WriteFinished
 from kvcm_ray.core.session import LATE_WRITER_MS, Session
 from kvcm_ray.core.start import started
@@ -39,7 +41,7 @@ def finish_write(ledger: Ledger, event: FinishWriteEvent) -> Outcome:
     if ledger.sessions.is_empty(request.instance_id, request.session_id):
         return _finish_empty(ledger, event)
     session = ledger.sessions.find(request.instance_id, request.session_id)
-    if session is None:
+    if session is None or session.record.kind is not SessionKind.WRITE:
         raise SessionNotFound(
             f"no write session {request.session_id!r} of instance {request.instance_id!r}: it is "
             "unknown, has expired, or was finished before"
@@ -48,10 +50,9 @@ def finish_write(ledger: Ledger, event: FinishWriteEvent) -> Outcome:
     written = session.blocks_all(request.success.exactly(len(record.keys)) & ~record.removed)
     effects = end_session(ledger, instance, session, written, due_ms=event.now_ms)
     if written.any():
-        effects.append(_add_blocks(session, written, event.now_s))
+        effects.append(_add_blocks(ledger, instance, session, written, event))
     committed = int(np.count_nonzero(written))
     reply = WriteFinished(committed, len(written) - committed)
-    instance.key_count += committed
     if request.event_id:
         ledger.answers.remember(request.instance_id, request.event_id, reply)
         effects.append(RememberAnswer(request.instance_id, request.event_id, reply))
@@ -116,15 +117,39 @@ def _forget(ledger: Ledger, instance: Instance, session: Session) -> DropSession
     for key in session.keys.tolist():
         if writing.get(key) is session:  # not so if the key was removed meanwhile
             del writing[key]
+    if record.kind is not SessionKind.WRITE:
+        release(ledger, session)
     return DropSession(record.instance_id, record.session_id)
 
 
-def _add_blocks(session: Session, written: Flags, now_s: int) -> AddBlocks:
+def _add_blocks(
+    ledger: Ledger, instance: Instance, session: Session, written: Flags, event: FinishWriteEvent
+) -> AddBlocks:
     parent = session.key_before(int(np.argmax(written)))
     keys, locations = session.keys, session.locations
     if not written.all():
         keys, locations = keys[written], locations.take(written)
-    return AddBlocks(session.record.instance_id, keys, locations, parent, now_s)
+    instance.key_count += len(keys)
+    above = ledger.table.find(instance.number, event.parent)
+    ledger.serve(
+        instance,
+        keys,
+        locations,
+        event.now_ms,
+        parent=int(above[0]) if len(above) else -1,
+        partial=session.partial_tail and bool(written[-1]),
+    )
+    _touch_before(ledger, instance, session, event.now_ms)
+    return AddBlocks(session.record.instance_id, keys, locations, parent, event.now_s)
+
+
+def _touch_before(ledger: Ledger, instance: Instance, session: Session, now_ms: int) -> None:
+    """The blocks in front of the new ones are more recent than these, so that leaves go first."""
+    if session.before is None:
+        return
+    ids, keys = session.before
+    same = (ledger.table.instance[ids] == instance.number) & (ledger.table.keys[ids] == keys)
+    ledger.touch(ids[same], now_ms, used=False)
 
 
 def _finish_empty(ledger: Ledger, event: FinishWriteEvent) -> Outcome:

@@ -8,35 +8,60 @@ Which blocks are SERVING is the index's knowledge: events bring what was looked 
 effects say what to write. If a commit fails, open the instance again with what the index holds.
 
 The actor calls this. It takes the effects of an outcome in order, in one transaction, and answers
-after the commit. Erasing bytes is another's work too: `due_trash` hands out what is due, and
-`DeletesConfirmed` or `trash_failed` reports back.
+after the commit. Erasing and copying bytes is another's work: `due_trash` and `due_moves` hand out
+what is due, and `DeletesConfirmed`, `trash_failed` or `MovedEvent` reports back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from kvcm_ray.core.block import BlockState
+from kvcm_ray.core.blocks import Ids
+from kvcm_ray.core.drain import follow_types
 from kvcm_ray.core.effects import Outcome
 from kvcm_ray.core.events import (
     DeletesConfirmed,
     Event,
     FinishWriteEvent,
     GetMetaEvent,
+    LeaseEvent,
+    MovedEvent,
+    PinEvent,
+    ReclaimEvent,
     RemoveEvent,
     StartWriteEvent,
     Tick,
     TouchEvent,
+    UnpinEvent,
 )
+from kvcm_ray.core.eviction import make_policy
 from kvcm_ray.core.finish import expire_sessions, finish_write
+from kvcm_ray.core.holds import lease, pin, unpin
+from kvcm_ray.core.inflight import enlist, release, still_there
 from kvcm_ray.core.ledger import Instance, Ledger
+from kvcm_ray.core.limits import PROMOTIONS_WAITING_MAX
+from kvcm_ray.core.marks import policy_of
 from kvcm_ray.core.model import InstanceGroup, InstanceInfo, Segment, StorageConfig
-from kvcm_ray.core.records import RecoveredInstance, TrashRecord, unpack_answer
+from kvcm_ray.core.moves import FULL_STORAGE_MS, moved
+from kvcm_ray.core.placement import tiers
+from kvcm_ray.core.pressure import next_reclaim_ms
+from kvcm_ray.core.reclaim import reclaim
+from kvcm_ray.core.records import (
+    RecoveredInstance,
+    SessionKind,
+    SessionRecord,
+    TrashRecord,
+    unpack_answer,
+)
 from kvcm_ray.core.remove import confirm_deletes, remove_blocks
-from kvcm_ray.core.requests import BlockLocations, BlockMeta, Touched
+from kvcm_ray.core.report import capacity, held
+from kvcm_ray.core.requests import BlockLocations, BlockMeta, Keys, Touched
+from kvcm_ray.core.restore import NOTHING_KNOWN, forget_blocks, recency, restore_blocks, written_ms
 from kvcm_ray.core.segments import SegmentTable
 from kvcm_ray.core.session import Session
 from kvcm_ray.core.start import start_write
@@ -55,15 +80,48 @@ class GroupState:
     # ------------------------------------------------------------------------- administration
 
     def configure(self, group: InstanceGroup, storages: Mapping[str, StorageConfig]) -> None:
-        """Use another configuration from now on. Nothing that exists is moved or dropped, even if
-        a quota is exceeded by it or its storage is disabled; only new writes feel it."""
+        """Use another configuration from now on: writes at once, what exists with the next
+        `ReclaimEvent`s."""
         ledger = self.ledger
         ledger.group, ledger.storages = group, dict(storages)
         ledger.quota.configure(group)
+        if ledger.order.policy.name != policy_of(group):
+            ledger.order.use(make_policy(policy_of(group)))
+        follow_types(ledger)
         ledger.recount()
+        self._look_again()
 
-    def open_instance(self, info: InstanceInfo, recovered: RecoveredInstance | None) -> None:
+    def set_instance(self, info: InstanceInfo) -> None:
+        """The registration of an open instance changed in what is not its shape: it retires, say.
+
+        Raises:
+            InstanceNotFound
+        """
+        self.ledger.instance(info.instance_id).info = info
+        self._look_again()
+
+    @property
+    def paused(self) -> bool:
+        """Nothing is reclaimed, and nothing handed out to be erased or moved."""
+        return self.ledger.plan.paused
+
+    @paused.setter
+    def paused(self, paused: bool) -> None:
+        self.ledger.plan.paused = paused
+        self._look_again()
+
+    def _look_again(self) -> None:
+        plan = self.ledger.plan
+        plan.retry_ms = plan.marks_ms = plan.expiry_ms = plan.shares_ms = None
+        plan.falling.clear()
+        plan.draining = True
+
+    def open_instance(
+        self, info: InstanceInfo, recovered: RecoveredInstance | None, now_ms: int = 0, now_s: int = 0
+    ) -> None:
         """Take charge of an instance; of one that is open already, anew from `recovered`.
+
+        Blocks count as last touched when they were written, unless they were open here before.
 
         Raises:
             Corrupt: the records contradict each other; nothing was changed.
@@ -77,16 +135,24 @@ class GroupState:
             other = self.ledger.sessions.by_id.get(session.record.session_id)
             if other is not None and other.record.instance_id != info.instance_id:
                 raise AlreadyExists(f"session id {session.record.session_id!r} is in use")
+        known = NOTHING_KNOWN
         if info.instance_id in self.ledger.instances:
+            known = recency(self.ledger, self.ledger.instance(info.instance_id))
             self.close_instance(info.instance_id)
+        instance.number = _smallest_free({i.number for i in self.ledger.instances.values()})
         self.ledger.instances[info.instance_id] = instance
+        restore_blocks(self.ledger, instance, recovered, written_ms(recovered, now_ms, now_s), known)
         for session in sessions:
-            self.ledger.sessions.add(session)
+            if session.record.kind is SessionKind.WRITE:
+                self.ledger.sessions.add(session)
+            else:
+                enlist(self.ledger, session, still_there(self.ledger, instance, session))
         for record in recovered.trash:
             self.ledger.trash.put(record)
         for event_id, answer in answers.items():
             self.ledger.answers.remember(info.instance_id, event_id, answer)
         self.ledger.count([instance], sessions, recovered.trash)
+        self._look_again()
 
     def close_instance(self, instance_id: str) -> None:
         """Forget an instance with all it holds; the caller disposes of its index and segments.
@@ -95,12 +161,15 @@ class GroupState:
             InstanceNotFound
         """
         ledger = self.ledger
-        ledger.instance(instance_id)
+        instance = ledger.instance(instance_id)
         for session in ledger.sessions.of_instance(instance_id):
             ledger.sessions.remove(session)
+            if session.record.kind is not SessionKind.WRITE:
+                release(ledger, session)
         ledger.sessions.forget_empty(instance_id)
         ledger.trash.forget(instance_id)
         ledger.answers.forget_instance(instance_id)
+        forget_blocks(ledger, instance)
         del ledger.instances[instance_id]
         ledger.recount()
 
@@ -109,20 +178,68 @@ class GroupState:
     def handle(self, event: Event) -> Outcome:
         """Decide about one event. A refusal is an error in the outcome's `reply`, never raised."""
         try:
-            return _HANDLERS[type(event)](self.ledger, event)
+            outcome = _HANDLERS[type(event)](self.ledger, event)
         except KvcmError as refusal:
             return Outcome(refusal, [])
+        if isinstance(event, _MAKE_ROOM):
+            self.ledger.plan.retry_ms = None
+        if self.ledger.levels.due(event_ms := getattr(event, "now_ms", 0)):
+            self.ledger.levels.sample(event_ms, held(self.ledger))
+        return outcome
 
     # -------------------------------------------------------------------------------- queries
 
     def due_trash(self, now_ms: int, limit: int = 64) -> list[TrashRecord]:
         """At most `limit` records whose bytes may be erased now. Each is handed out once, until
         `trash_failed`; after a restart or a reopening all are handed out again."""
-        return self.ledger.trash.hand_out(now_ms, limit)
+        return [] if self.paused else self.ledger.trash.hand_out(now_ms, limit)
 
     def trash_failed(self, instance_id: str, trash_ids: tuple[int, ...], now_ms: int) -> None:
         """Erasing these failed: hand them out again after TRASH_RETRY_MS. Ignores unknown ids."""
         self.ledger.trash.again(instance_id, trash_ids, now_ms + TRASH_RETRY_MS)
+
+    def due_moves(self, limit: int = 16) -> list[SessionRecord]:
+        """At most `limit` sessions whose blocks are to be copied; each is handed out once."""
+        moves = self.ledger.moves
+        names = list(islice(moves.waiting, 0 if self.paused else limit))
+        for name in names:
+            del moves.waiting[name]
+        return [moves.by_id[name].session.record for name in names]
+
+    def storage_failed(self, storage: str, now_ms: int) -> None:
+        """A storage could not make a segment: for a while, new blocks go elsewhere if they can."""
+        self.ledger.plan.full_until_ms[storage] = now_ms + FULL_STORAGE_MS
+
+    def next_move_due(self) -> bool:
+        """Whether `due_moves` has something to hand out."""
+        return bool(self.ledger.moves.waiting) and not self.paused
+
+    def next_reclaim_ms(self, now_ms: int) -> int | None:
+        """When a `ReclaimEvent` may find something to do though nobody waits for room."""
+        return next_reclaim_ms(self.ledger, now_ms)
+
+    def parent_key(self, instance_id: str, session_id: str) -> int | None:
+        """Key of the block before the first one of a write session, if there is one."""
+        session = self.ledger.sessions.find(instance_id, session_id)
+        return None if session is None else session.record.parent_key
+
+    def session_keys(self, instance_id: str, session_id: str) -> Keys | None:
+        """New or copied keys of a session; None if it has ended."""
+        session = self.ledger.sessions.find(instance_id, session_id)
+        return None if session is None else session.record.keys
+
+    def pinned_keys(self, instance_id: str, name: str) -> Keys:
+        """Keys of a pin; none if there is no such pin.
+
+        Raises:
+            InstanceNotFound
+        """
+        record = self.ledger.instance(instance_id).pins.get(name)
+        return np.zeros(0, np.int64) if record is None else record.keys
+
+    def capacity(self, now_ms: int, now_s: int) -> dict[str, Any]:
+        """The capacity report; see `kvcm_ray.core.report`."""
+        return capacity(self.ledger, now_ms, now_s)
 
     def next_session_ms(self) -> int | None:
         """When a `Tick` will have something to do."""
@@ -130,7 +247,7 @@ class GroupState:
 
     def next_trash_ms(self) -> int | None:
         """When `due_trash` will have something to hand out (may be in the past)."""
-        return self.ledger.trash.next_due_ms()
+        return None if self.paused else self.ledger.trash.next_due_ms()
 
     def next_deadline_ms(self) -> int | None:
         """The earlier of both; None = only requests can change anything."""
@@ -153,20 +270,23 @@ class GroupState:
 def _rebuilt(info: InstanceInfo, recovered: RecoveredInstance, sessions: list[Session]) -> Instance:
     segments = SegmentTable(info, recovered.next_segment_id)
     held = [
-        recovered.used,
+        recovered.blocks.locations,
+        recovered.copies,
         *(s.locations for s in sessions),
         *(t.locations for t in recovered.trash),
     ]
     segments.restore(recovered.segments, BlockLocations.joined(held))
     writing: dict[int, Session] = {}
     for session in sessions:
+        if session.record.kind is not SessionKind.WRITE:
+            continue
         keys = session.record.keys[~session.record.removed]
         writing.update(dict.fromkeys(keys.tolist(), session))
     return Instance(
         info,
         segments,
         writing,
-        recovered.key_count,
+        len(recovered.blocks),
         recovered.next_generation,
         recovered.next_trash_id,
     )
@@ -193,10 +313,28 @@ def _get_meta(ledger: Ledger, event: GetMetaEvent) -> Outcome:
 
 
 def _touch(ledger: Ledger, event: TouchEvent) -> Outcome:
-    ledger.instance(event.instance_id)
+    instance = ledger.instance(event.instance_id)
     ledger.hit_blocks += len(event.keys)
     ledger.lookup_blocks += max(event.lookups, len(event.keys))
+    ids = ledger.find(instance, event.hits, event.found)
+    ledger.touch(ids, event.now_ms, chained=event.chained)
+    _wish_promotion(ledger, ids)
     return Outcome(Touched(), [])
+
+
+def _wish_promotion(ledger: Ledger, ids: Ids) -> None:
+    """Blocks that were hit anywhere but in the first tier; too many of them are forgotten."""
+    order = tiers(ledger.group, ledger.storages) if len(ids) else []
+    if len(order) < 2:
+        return
+    slow = ids[(ledger.table.kind[ids] != order[0]) & ~ledger.table.moving[ids]].tolist()
+    wishes = ledger.plan.promotions
+    if slow and len(wishes) + len(slow) <= PROMOTIONS_WAITING_MAX:
+        wishes.update(dict.fromkeys(slow))
+
+
+def _smallest_free(numbers: set[int]) -> int:
+    return next(n for n in range(len(numbers) + 1) if n not in numbers)
 
 
 _HANDLERS: dict[type[Event], Callable[[Ledger, Any], Outcome]] = {
@@ -207,4 +345,11 @@ _HANDLERS: dict[type[Event], Callable[[Ledger, Any], Outcome]] = {
     Tick: expire_sessions,
     GetMetaEvent: _get_meta,
     TouchEvent: _touch,
+    LeaseEvent: lease,
+    PinEvent: pin,
+    UnpinEvent: unpin,
+    ReclaimEvent: reclaim,
+    MovedEvent: moved,
 }
+#: After these a step that could do nothing before may find something.
+_MAKE_ROOM = (DeletesConfirmed, MovedEvent, RemoveEvent, UnpinEvent, FinishWriteEvent)

@@ -59,6 +59,7 @@ class ReclaimPolicy(enum.IntEnum):
     POLICY_LRU = 1
     POLICY_LFU = 2
     POLICY_TTL = 3
+    POLICY_ADAPTIVE = 100  #: ours: recency, boosted by a frequency that is learned
 
 
 class AccountRole(enum.IntEnum):
@@ -147,6 +148,7 @@ class StorageConfig:
     shm: ShmSpec | None = field(default=None, metadata={"oneof": "storage_spec"})
     check_storage_available_when_open: bool = False
     is_available: bool = field(default=True, metadata={"wire": False})  #: enabled by the operator
+    is_draining: bool = field(default=False, metadata={"wire": False})  #: takes no blocks, gives them away
 
     @property
     def storage_type(self) -> StorageType:
@@ -213,6 +215,10 @@ class CacheReclaimStrategy:
     reclaim_step_size: Int32 = 0
     reclaim_step_percentage: Int32 = 0
     delay_before_delete_ms: Int32 = 0
+    #: Ours. The fraction that reclaiming goes down to; 0 means 0.05 below the trigger.
+    low_water_percentage: Double = field(default=0.0, metadata={"extension": True})
+    #: Ours. Blocks that nobody touched for so long are dropped; 0 is "never" (POLICY_TTL: an hour).
+    ttl_seconds: Int32 = field(default=0, metadata={"extension": True})
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +319,15 @@ class InstanceInfo:
     location_spec_infos: tuple[LocationSpecInfo, ...] = ()
     model_deployment: ModelDeployment | None = None
     location_spec_groups: tuple[LocationSpecGroup, ...] = ()
+    #: Ours. Names the weights (and whatever else makes blocks of two instances differ).
+    model_version: str = field(default="", metadata={"extension": True})
+    #: Ours. Instance of the same group that this one replaces; that one retires.
+    supersedes: str = field(default="", metadata={"extension": True})
+    #: Ours. Time in which the share of the replaced instance goes from all to nothing; 0 is an hour.
+    handover_seconds: Int32 = field(default=0, metadata={"extension": True})
+    #: Unix time since which this instance retires, and how long that takes; 0 = it does not.
+    retiring_since_s: int = field(default=0, metadata={"wire": False})
+    retiring_seconds: int = field(default=0, metadata={"wire": False})
     #: Made at registration, so that an instance registered again under an old id shares neither
     #: paths nor headers with the removed one. 8 characters of [0-9a-f].
     uid: str = field(default="", metadata={"wire": False})
@@ -360,6 +375,15 @@ class InstanceInfo:
             dataclasses.replace(deployment, user_data=""),
             groups,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ReclaimerSettings:
+    """The pool of reclaimers, for the whole manager; changed at run time."""
+
+    reclaimers: Int32 = 2  #: actors, 1..64
+    max_bytes_per_second: Int64 = 0  #: that the pool may copy or erase; 0 is "no limit"
+    paused: bool = False  #: nothing is evicted, moved or erased
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Which storage the blocks of one write go to.
 
 Candidates are the group's storages in its order of preference, without those that are not
-registered or are disabled. The strategy filters them (ALWAYS) or puts some first (PREFER); the
+registered, disabled or being drained. The strategy filters them (ALWAYS) or puts some first (PREFER); the
 first one left whose quota has room is taken. One storage serves the whole write.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvcm_ray.core.model import CachePreferStrategy, InstanceGroup, StorageConfig, StorageType
-from kvcm_ray.core.quota import Quota
+from kvcm_ray.core.quota import Quota, quota_type
 from kvcm_ray.errors import NoStorageAvailable
 
 _S, _T = CachePreferStrategy, StorageType
@@ -28,9 +28,7 @@ STRATEGIES: dict[CachePreferStrategy, tuple[StorageType, bool]] = {
 }
 
 
-def candidates(
-    group: InstanceGroup, storages: Mapping[str, StorageConfig]
-) -> tuple[StorageConfig, ...]:
+def candidates(group: InstanceGroup, storages: Mapping[str, StorageConfig]) -> tuple[StorageConfig, ...]:
     """Storages that new blocks of the group may go to, best first.
 
     Raises:
@@ -39,7 +37,7 @@ def candidates(
     enabled = [
         storages[name]
         for name in group.storage_candidates
-        if name in storages and storages[name].is_available
+        if name in storages and storages[name].is_available and not storages[name].is_draining
     ]
     strategy = group.cache_config.data_storage_strategy if group.cache_config else _S(0)
     kind, exclusive = STRATEGIES.get(strategy, (None, False))
@@ -50,15 +48,27 @@ def candidates(
     return tuple(sorted(enabled, key=lambda s: kind is not None and s.storage_type is not kind))
 
 
-def choose_storage(ranked: tuple[StorageConfig, ...], quota: Quota, nbytes: int) -> StorageConfig:
-    """The first of `ranked` (from `candidates`, not empty) whose quota has room for `nbytes`.
+def tiers(group: InstanceGroup, storages: Mapping[str, StorageConfig]) -> list[StorageType]:
+    """Types of the storages that take blocks, best first; none if no storage does."""
+    try:
+        ranked = candidates(group, storages)
+    except NoStorageAvailable:
+        return []
+    return list(dict.fromkeys(quota_type(storage.storage_type) for storage in ranked))
+
+
+def choose_storage(
+    ranked: tuple[StorageConfig, ...], quota: Quota, nbytes: int, ahead_bytes: int = 0
+) -> StorageConfig:
+    """The first of `ranked` (from `candidates`, not empty) whose quota has room for `nbytes`, and
+    for `ahead_bytes` of others that wait.
 
     Raises:
         QuotaExceeded: none has; it names the quota that stopped the first one.
     """
     refusals = []
     for storage in ranked:
-        refusal = quota.refusal(storage.storage_type, nbytes)
+        refusal = quota.refusal(storage.storage_type, nbytes, ahead_bytes)
         if refusal is None:
             return storage
         refusals.append(refusal)
@@ -75,6 +85,8 @@ def _why_none(
         config = storages.get(name)
         if config is None:
             reasons.append(f"{name} is not registered")
+        elif config.is_draining:
+            reasons.append(f"{name} is being drained")
         elif not config.is_available:
             reasons.append(f"{name} is disabled")
         else:

@@ -65,14 +65,15 @@ class Quota:
         """Bytes that blocks of this type can ever use."""
         return min(self.capacity, self.capacities.get(quota_type(kind), self.capacity))
 
-    def refusal(self, kind: StorageType, nbytes: int) -> QuotaExceeded | None:
-        """The error that `reserve` would raise; None if there is room."""
+    def refusal(self, kind: StorageType, nbytes: int, ahead_bytes: int = 0) -> QuotaExceeded | None:
+        """The error that `reserve` would raise; None if there is room, and some for `ahead_bytes`
+        more."""
         kind = quota_type(kind)
         limit = self.capacities.get(kind)
         own, total = self.accounts.get(kind, Account()), self.total()
-        if limit is not None and own.held + nbytes > limit:
+        if limit is not None and own.held + nbytes + ahead_bytes > limit:
             return _refused(kind.name, limit, own, nbytes)
-        if total.held + nbytes > self.capacity:
+        if total.held + nbytes + ahead_bytes > self.capacity:
             return _refused("total", self.capacity, total, nbytes)
         return None
 

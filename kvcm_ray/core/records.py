@@ -8,14 +8,25 @@ of CLOCK_MONOTONIC.
 
 from __future__ import annotations
 
+import enum
 import struct
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from kvcm_ray.core.model import Segment
-from kvcm_ray.core.requests import BlockLocations, Flags, Keys, Removed, WriteFinished
+from kvcm_ray.core.requests import U32, BlockLocations, Flags, Keys, Removed, WriteFinished
 from kvcm_ray.errors import Corrupt
 
 TRASH_BLOCKS_MAX = 4_096  #: blocks in one trash record; a larger removal makes several records
+
+
+class SessionKind(enum.StrEnum):
+    """Who writes the blocks of a session, and what becomes of where they were."""
+
+    WRITE = "write"  #: a client; the keys are new
+    MOVE = "move"  #: a reclaimer copies SERVING blocks to another storage; then the old place goes
+    PROMOTE = "promote"  #: the same to a faster tier; the old place stays as a copy if there is room
 
 
 @dataclass(slots=True)
@@ -34,6 +45,9 @@ class SessionRecord:
     keys: Keys  #: the NEW keys in request order, repetitions included
     locations: BlockLocations  #: one for each of `keys`; equal keys have equal locations
     removed: Flags  #: one for each of `keys`: removed meanwhile, so finishing drops it
+    kind: SessionKind = SessionKind.WRITE
+    #: Where the bytes come from, one for each of `keys`; none for WRITE.
+    source: BlockLocations = field(default_factory=BlockLocations.empty)
 
 
 @dataclass(slots=True)
@@ -47,6 +61,30 @@ class TrashRecord:
 
 
 @dataclass(slots=True)
+class PinRecord:
+    """Keys that are never reclaimed, whether they are there yet or not."""
+
+    name: str  #: unique within the instance
+    instance_id: str
+    keys: Keys  #: distinct
+    until_s: int  #: unix time; 0 = until unpinned
+
+
+@dataclass(slots=True)
+class ServedBlocks:
+    """All SERVING blocks of an instance, as parallel arrays."""
+
+    keys: Keys = field(default_factory=lambda: np.zeros(0, np.int64))
+    locations: BlockLocations = field(default_factory=BlockLocations.empty)
+    written_s: U32 = field(default_factory=lambda: np.zeros(0, np.uint32))
+    #: int64: place in these arrays of the block before each one in its chain; -1 = unknown or none
+    parents: Keys = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(slots=True)
 class RecoveredInstance:
     """All facts of one instance that the index holds, to rebuild `GroupState` from.
 
@@ -57,8 +95,11 @@ class RecoveredInstance:
     segments: list[Segment] = field(default_factory=list)
     sessions: list[SessionRecord] = field(default_factory=list)
     trash: list[TrashRecord] = field(default_factory=list)
-    used: BlockLocations = field(default_factory=BlockLocations.empty)  #: of all SERVING blocks
-    key_count: int = 0  #: SERVING blocks
+    blocks: ServedBlocks = field(default_factory=ServedBlocks)
+    #: Second locations of SERVING blocks (the first one is in `blocks`, and is the faster).
+    copy_keys: Keys = field(default_factory=lambda: np.zeros(0, np.int64))
+    copies: BlockLocations = field(default_factory=BlockLocations.empty)
+    pins: list[PinRecord] = field(default_factory=list)
     next_generation: int = 1
     next_trash_id: int = 1
     next_segment_id: int = 1

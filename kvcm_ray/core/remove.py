@@ -8,6 +8,7 @@ import numpy as np
 
 from kvcm_ray.core.effects import (
     DropBlocks,
+    DropCopies,
     DropSegment,
     DropTrash,
     Effect,
@@ -19,8 +20,8 @@ from kvcm_ray.core.events import DeletesConfirmed, RemoveEvent
 from kvcm_ray.core.finish import drop_sessions
 from kvcm_ray.core.ledger import Instance, Ledger
 from kvcm_ray.core.records import TrashRecord
-from kvcm_ray.core.requests import BlockLocations, Keys, Removed
-from kvcm_ray.core.session import Session, repetitions
+from kvcm_ray.core.requests import Keys, Removed
+from kvcm_ray.core.session import Session
 
 
 def remove_blocks(ledger: Ledger, event: RemoveEvent) -> Outcome:
@@ -64,27 +65,22 @@ def confirm_deletes(ledger: Ledger, event: DeletesConfirmed) -> Outcome:
 def _release(ledger: Ledger, instance: Instance, record: TrashRecord) -> list[int]:
     for storage, nbytes in instance.segments.bytes_by_storage(record.locations).items():
         ledger.quota.release(ledger.kind_of(storage), nbytes)
-    return instance.segments.free(record.locations)
+    dropped = instance.segments.free(record.locations)
+    for segment_id in dropped:
+        ledger.table.drop_segment(instance.number, segment_id)
+    return dropped
 
 
-def _remove_serving(
-    ledger: Ledger, instance: Instance, event: RemoveEvent
-) -> tuple[int, list[Effect]]:
-    keys, locations = _distinct(event.keys[event.hits], event.found.take(event.hits))
-    if not len(keys):
+def _remove_serving(ledger: Ledger, instance: Instance, event: RemoveEvent) -> tuple[int, list[Effect]]:
+    ids = ledger.find(instance, event.hits, event.found)
+    if not len(ids):
         return 0, []
-    instance.key_count -= len(keys)
-    assert instance.key_count >= 0, "more blocks removed than there are"
-    due_ms = event.now_ms + max(ledger.group.delay_before_delete_ms, 0)
-    effects: list[Effect] = [DropBlocks(event.instance_id, keys)]
+    keys, copied = ledger.table.keys[ids], ledger.copied_keys(ids)
+    due_ms = ledger.due_after_readers(ids, event.now_ms)
+    locations = ledger.forget(instance, ids, evicted=False)
+    effects: list[Effect] = [DropCopies(event.instance_id, copied)] if len(copied) else []
+    effects.append(DropBlocks(event.instance_id, keys))
     return len(keys), effects + ledger.discard(instance, locations, due_ms)
-
-
-def _distinct(keys: Keys, locations: BlockLocations) -> tuple[Keys, BlockLocations]:
-    repeated = repetitions(keys)
-    if repeated is None:
-        return keys, locations
-    return keys[repeated[0]], locations.take(repeated[0])
 
 
 def _remove_writing(instance: Instance, keys: Keys) -> tuple[int, list[Effect]]:

@@ -68,6 +68,7 @@ class StartWrite:
     session_id: str  #: chosen by the caller, 32 characters of [a-z0-9]; unique
     timeout_ms: int  #: time until the session expires; <= 0 means the default (30 s)
     spec_group_names: tuple[str, ...] = ()  #: empty, or one name for each key
+    partial_tail: bool = False  #: the last key is a block that its prompt fills only partly
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +117,53 @@ class Touch:
     instance_id: str
     keys: Keys  #: the keys that were hit, in prefix order
     lookups: int
+    chained: bool = True  #: each key is the next block after the one before it
 
 
-Request = StartWrite | FinishWrite | RemoveBlocks | TrimInstance | GetMeta | Touch
+@dataclass(frozen=True, slots=True)
+class LeaseBlocks:
+    """Keep what is SERVING of `keys` from being reclaimed for a while, for a long transfer.
+
+    Not kept across a restart of the group: then a reader may meet a miss, as without a lease.
+    """
+
+    instance_id: str
+    keys: Keys
+    lease_ms: int  #: from now on; at most LEASE_MAX_MS; a longer lease that exists stays
+
+
+@dataclass(frozen=True, slots=True)
+class PinBlocks:
+    """Never reclaim `keys`, those that come later included, until they are unpinned.
+
+    Pinning under a name that exists replaces what it pinned.
+    """
+
+    event_id: str
+    instance_id: str
+    name: str
+    keys: Keys
+    until_s: int = 0  #: unix time; 0 = until unpinned
+
+
+@dataclass(frozen=True, slots=True)
+class UnpinBlocks:
+    event_id: str
+    instance_id: str
+    name: str
+
+
+Request = (
+    StartWrite
+    | FinishWrite
+    | RemoveBlocks
+    | TrimInstance
+    | GetMeta
+    | Touch
+    | LeaseBlocks
+    | PinBlocks
+    | UnpinBlocks
+)
 
 
 # ------------------------------------------------------------------------------------- replies
@@ -161,4 +206,16 @@ class Touched:
     pass
 
 
-Reply = WriteStarted | WriteFinished | Removed | BlockMeta | Touched
+@dataclass(slots=True)
+class Leased:
+    blocks: int  #: that are held now
+    lease_ms: int  #: granted
+
+
+@dataclass(slots=True)
+class Pinned:
+    keys: int  #: that the pin names (0: it is gone)
+    blocks: int  #: of them that are SERVING now
+
+
+Reply = WriteStarted | WriteFinished | Removed | BlockMeta | Touched | Leased | Pinned

@@ -92,12 +92,24 @@ class SegmentTable:
             name = self._class_of[segment_id]
             allocator = self._classes[name]
             allocator.free(np.full(len(slots), segment_id, np.uint32), slots)
-            if not allocator.taken(segment_id) and self._newest[name] != segment_id:
-                allocator.remove_segment(segment_id)
-                del self.segments[segment_id], self.slot_bytes[segment_id]
-                del self._class_of[segment_id]
+            if not allocator.taken(segment_id) and self._newest.get(name) != segment_id:
+                self._remove(segment_id)
                 dropped.append(segment_id)
         return dropped
+
+    def drop_unused(self, segment_id: int) -> bool:
+        """Drop a segment if it is wholly free, also the newest of its class."""
+        if self.taken(segment_id):
+            return False
+        self._remove(segment_id)
+        return True
+
+    def _remove(self, segment_id: int) -> None:
+        name = self._class_of.pop(segment_id)
+        self._classes[name].remove_segment(segment_id)
+        del self.segments[segment_id], self.slot_bytes[segment_id]
+        if self._newest.get(name) == segment_id:
+            del self._newest[name]
 
     def restore(self, segments: list[Segment], taken: BlockLocations) -> None:
         """Fill an empty table with `segments`, whose slots at `taken` are not free.
@@ -146,6 +158,10 @@ class SegmentTable:
         self._class_of[segment.segment_id] = name
         self._newest[name] = segment.segment_id
         self.next_id = max(self.next_id, segment.segment_id + 1)
+
+    def shape(self, specs: tuple[LocationSpecInfo, ...]) -> Shape:
+        """The shape of blocks with these specs."""
+        return self._shape(specs)
 
     def _shape(self, specs: tuple[LocationSpecInfo, ...]) -> Shape:
         shape = self._shapes.get(specs)

@@ -47,6 +47,9 @@ class Session:
     locations: BlockLocations  #: of the distinct blocks
     first: Indices | None  #: place of each distinct block in `record.keys`; None = the same place
     block_of: Indices | None  #: distinct block of each of `record.keys`; None = the same place
+    partial_tail: bool = False  #: the last block is a prompt's partial one (not kept over a restart)
+    #: Block ids of the request's keys that existed, and those keys; not kept over a restart.
+    before: tuple[Indices, Keys] | None = None
 
     @staticmethod
     def of(record: SessionRecord) -> Session:

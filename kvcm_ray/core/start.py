@@ -8,16 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvcm_ray.core import limits
+from kvcm_ray.core.blocks import Ids
 from kvcm_ray.core.effects import CreateSegment, Effect, Outcome, PutSession
 from kvcm_ray.core.events import StartWriteEvent
 from kvcm_ray.core.ledger import Instance, Ledger
 from kvcm_ray.core.model import StorageConfig
 from kvcm_ray.core.placement import candidates, choose_storage
 from kvcm_ray.core.records import SessionRecord
+from kvcm_ray.core.report import explained
 from kvcm_ray.core.requests import BlockLocations, Flags, Keys, StartWrite, WriteStarted
+from kvcm_ray.core.retire import allowed_bytes
 from kvcm_ray.core.segments import Shape
 from kvcm_ray.core.session import EMPTY_SESSION_MS, Indices, Session, repetitions
-from kvcm_ray.errors import AlreadyExists, InvalidArgument, KeyLimitReached, LimitReached
+from kvcm_ray.errors import AlreadyExists, InvalidArgument, KeyLimitReached, LimitReached, QuotaExceeded
 
 _SESSION_ID = re.compile(r"[a-z0-9]{32}")
 
@@ -56,12 +59,15 @@ def start_write(ledger: Ledger, event: StartWriteEvent) -> Outcome:
     _check(ledger, instance, request)
     assert len(event.exists) == len(request.keys), "one flag for each key"
     exists = _held(instance, request.keys, event.exists)
+    before = ledger.find(instance, event.exists, event.found)
+    # Also if it is refused: it comes again, and what it has must not leave to make room for it.
+    ledger.touch(before, event.now_ms, used=False)
     if exists.all():
         return _nothing_to_write(ledger, event, exists)
     plan = _plan(instance, request, exists)
-    _check_limits(ledger, instance, plan)
-    storage = choose_storage(candidates(ledger.group, ledger.storages), ledger.quota, plan.nbytes)
-    return _begin(ledger, instance, event, plan, storage)
+    _check_limits(ledger, instance, plan, before)
+    storage = _choose_storage(ledger, instance, event, plan, before)
+    return _begin(ledger, instance, event, plan, storage, before)
 
 
 def started(instance: Instance, record: SessionRecord) -> WriteStarted:
@@ -96,9 +102,7 @@ def _check(ledger: Ledger, instance: Instance, request: StartWrite) -> None:
         raise InvalidArgument(f"{len(names)} location_spec_group_names for {len(keys)} keys")
     unknown = set(names) - instance.segments.shapes.keys()
     if unknown:
-        raise InvalidArgument(
-            f"instance {request.instance_id!r} has no location spec group {min(unknown)!r}"
-        )
+        raise InvalidArgument(f"instance {request.instance_id!r} has no location spec group {min(unknown)!r}")
     if not _SESSION_ID.fullmatch(request.session_id):
         raise InvalidArgument(f"session id {request.session_id!r} is not 32 characters of [a-z0-9]")
     if request.session_id in ledger.sessions:
@@ -126,9 +130,7 @@ def _plan(instance: Instance, request: StartWrite, exists: Flags) -> _Plan:
         shapes = _by_shape(instance, [request.spec_group_names[i] for i in places.tolist()])
     for shape, _ in shapes:
         if not shape.specs:
-            raise InvalidArgument(
-                f"a block of instance {request.instance_id!r} would have no specs"
-            )
+            raise InvalidArgument(f"a block of instance {request.instance_id!r} would have no specs")
     return _Plan(exists, keys, repeated, shapes, blocks)
 
 
@@ -142,19 +144,63 @@ def _by_shape(instance: Instance, names: list[str]) -> list[tuple[Shape, Indices
     return [(shape, np.flatnonzero(numbers == number)) for number, shape in shapes.items()]
 
 
-def _check_limits(ledger: Ledger, instance: Instance, plan: _Plan) -> None:
+def _check_limits(ledger: Ledger, instance: Instance, plan: _Plan, before: Ids) -> None:
     if len(ledger.sessions) >= limits.SESSIONS_PER_GROUP_MAX:
         raise LimitReached(
             f"group {ledger.group.name!r} has {len(ledger.sessions)} write sessions in progress"
         )
     limit, held = ledger.group.max_key_count, instance.key_count + len(instance.writing)
     if limit > 0 and held + plan.blocks > limit:
+        hopeless = ledger.plan.paused or len(before) + plan.blocks > limit
+        free_to_go = 0 if hopeless else _unpinned(ledger, instance)
         raise KeyLimitReached(
             f"instance {instance.info.instance_id!r} holds {held} blocks; {plan.blocks} more would "
             f"exceed max_key_count {limit}",
             limit=limit,
             held=held,
             asked=plan.blocks,
+            asked_blocks=plan.blocks,
+            asked_bytes=plan.nbytes,
+            reclaimable=free_to_go,
+            may_wait=not hopeless and (free_to_go > 0 or bool(instance.writing)),
+        )
+
+
+def _unpinned(ledger: Ledger, instance: Instance) -> int:
+    """Bytes of an instance that are neither pinned nor waiting for deletion."""
+    table, ids = ledger.table, ledger.table.of_instance(instance.number)
+    return int(table.nbytes[ids[~table.pinned[ids]]].sum())
+
+
+def _choose_storage(
+    ledger: Ledger, instance: Instance, event: StartWriteEvent, plan: _Plan, before: Ids
+) -> StorageConfig:
+    ranked = candidates(ledger.group, ledger.storages)
+    _check_share(ledger, instance, plan, event.now_s)
+    try:
+        return choose_storage(_sound(ledger, ranked, event), ledger.quota, plan.nbytes, event.ahead_bytes)
+    except QuotaExceeded as refusal:
+        raise explained(ledger, refusal, ranked, plan.nbytes, plan.blocks, before, event.now_ms) from None
+
+
+def _sound(
+    ledger: Ledger, ranked: tuple[StorageConfig, ...], event: StartWriteEvent
+) -> tuple[StorageConfig, ...]:
+    """Without those that could not make room lately, a full disk say, unless that leaves none."""
+    full = ledger.plan.full_until_ms
+    return tuple(s for s in ranked if full.get(s.global_unique_name, 0) <= event.now_ms) or ranked
+
+
+def _check_share(ledger: Ledger, instance: Instance, plan: _Plan, now_s: int) -> None:
+    allowed = allowed_bytes(instance.info, ledger.quota.capacity, now_s)
+    if allowed is not None and instance.serving_bytes + plan.nbytes > allowed:
+        raise QuotaExceeded(
+            f"instance {instance.info.instance_id!r} retires: its share is {allowed} bytes by now, it "
+            f"holds {instance.serving_bytes}, {plan.nbytes} more do not fit",
+            quota="retiring",
+            capacity=allowed,
+            used=instance.serving_bytes,
+            asked=plan.nbytes,
         )
 
 
@@ -177,7 +223,12 @@ def _nothing_to_write(ledger: Ledger, event: StartWriteEvent, exists: Flags) -> 
 
 
 def _begin(
-    ledger: Ledger, instance: Instance, event: StartWriteEvent, plan: _Plan, storage: StorageConfig
+    ledger: Ledger,
+    instance: Instance,
+    event: StartWriteEvent,
+    plan: _Plan,
+    storage: StorageConfig,
+    before: Ids,
 ) -> Outcome:
     request, lease_ms = event.request, _lease_ms(event.request.timeout_ms)
     ledger.quota.reserve(storage.storage_type, plan.nbytes)
@@ -200,6 +251,8 @@ def _begin(
     first, block_of = plan.repeated or (None, None)
     distinct = plan.keys if first is None else plan.keys[first]
     session = Session(record, distinct, blocks, first, block_of)
+    session.partial_tail = request.partial_tail and not plan.exists[-1]
+    session.before = before, ledger.table.keys[before]
     ledger.sessions.add(session)
     instance.writing.update(dict.fromkeys(distinct.tolist(), session))
     effects.append(PutSession(request.instance_id, record))
@@ -218,7 +271,9 @@ def _allocate(
         made, segment, slot = instance.segments.allocate(
             storage.global_unique_name, shape, plan.count(places), ceiling
         )
-        effects += [CreateSegment(instance.info.instance_id, s) for s in made]
+        for new in made:
+            ledger.table.open_segment(instance.number, new.segment_id, new.slots)
+            effects.append(CreateSegment(instance.info.instance_id, new))
         index = slice(None) if places is None else places
         blocks.segment[index], blocks.slot[index] = segment, slot
     return effects, blocks

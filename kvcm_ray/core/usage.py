@@ -10,13 +10,14 @@ from typing import Any
 
 from kvcm_ray.core.ledger import Instance, Ledger
 from kvcm_ray.core.quota import Account
+from kvcm_ray.core.report import reclaimed
 
 
 def usage(ledger: Ledger) -> dict[str, Any]:
     """Totals, then ``by_type`` (types with a quota of their own or with blocks) and ``instances``.
 
     ``quota_bytes`` of a type is None if only the total bounds it. Sessions with nothing to write
-    are not counted. ``hit_blocks`` and ``lookup_blocks`` begin at 0 with the process.
+    are not counted. ``hit_blocks``, ``lookup_blocks`` and ``reclaim`` begin at 0 with the process.
     """
     quota, instances = ledger.quota, ledger.instances.values()
     held = {kind for kind, account in quota.accounts.items() if account != Account()}
@@ -37,6 +38,8 @@ def usage(ledger: Ledger) -> dict[str, Any]:
         "trash_records": len(ledger.trash),
         "hit_blocks": ledger.hit_blocks,
         "lookup_blocks": ledger.lookup_blocks,
+        "pins": sum(len(i.pins) for i in instances),
+        "reclaim": reclaimed(ledger),
         "instances": {name: _instance(i) for name, i in sorted(ledger.instances.items())},
     }
 
@@ -49,7 +52,7 @@ def _account(account: Account) -> dict[str, int]:
     }
 
 
-def _instance(instance: Instance) -> dict[str, int]:
+def _instance(instance: Instance) -> dict[str, int | bool]:
     slots, free = instance.segments.slots()
     return {
         "blocks": instance.key_count,
@@ -57,4 +60,5 @@ def _instance(instance: Instance) -> dict[str, int]:
         "segments": len(instance.segments.segments),
         "slots": slots,
         "free_slots": free,
+        "retiring": bool(instance.info.retiring_since_s),
     }

@@ -2,7 +2,7 @@
 
 `IndexWriter` is the only writer (fenced by epoch), `IndexReader` looks up in any process without an
 RPC, `IndexReplica` follows by the log. Block states are tables here: sessions hold WRITING blocks,
-runs SERVING ones, trash DELETING ones.
+runs SERVING ones (and `copies` a second place of some of them), trash DELETING ones.
 """
 
 from kvcm_ray.index.batch import IndexBatch

@@ -6,19 +6,21 @@ operations of a transaction are its log entry, and `IndexBatch.apply` does the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from kvcm_ray.core import limits
 from kvcm_ray.core.model import Segment
-from kvcm_ray.core.records import SessionRecord, TrashRecord
+from kvcm_ray.core.records import PinRecord, SessionRecord, TrashRecord
 from kvcm_ray.core.requests import U32, BlockLocations, Flags, Keys
 from kvcm_ray.errors import Corrupt, InvalidArgument, StorageFull
-from kvcm_ray.index import codec, walk
+from kvcm_ray.index import codec, copies, walk
 from kvcm_ray.index.codec import U64, Counters
 from kvcm_ray.index.runs import RunTables
-from kvcm_ray.index.tables import BOOT, COUNTERS, EPOCH, Tables, put_meta, sealed_records
+from kvcm_ray.index.survey import census, survey
+from kvcm_ray.index.tables import BOOT, COUNTERS, EPOCH, Tables, put_meta, sealed_payloads, sealed_records
 
 LOG_BYTES_MAX = 8 << 20
 
@@ -54,6 +56,10 @@ class IndexBatch:
         """Keys of all SERVING blocks written within ``[begin_s, end_s]``; reads every run."""
         return walk.written_between(self._txn, self._tables, begin_s, end_s, self.damage)
 
+    def copies(self, keys: Keys) -> tuple[Flags, BlockLocations]:
+        """Which keys have a second location, and where (zeros for the others)."""
+        return copies.lookup(self._txn, self._tables, contiguous(keys), self.damage)
+
     # -------------------------------------------------------------------------------- blocks
 
     def add_blocks(
@@ -64,17 +70,23 @@ class IndexBatch:
         Raises:
             InvalidArgument: unequal lengths, a key that is there already or is given twice.
         """
-        columns = np.empty((codec.COLUMNS, len(keys)), np.uint32)
-        if not len(locations.segment) == len(locations.slot) == len(keys):
-            raise InvalidArgument(f"{len(locations)} locations for {len(keys)} blocks")
-        columns[0], columns[1] = locations.segment, locations.slot
-        columns[2], columns[3] = locations.generation, written_s
+        keys, places = contiguous(keys), _rows(keys, locations)
+        columns = np.vstack((places, np.full(len(keys), written_s, np.uint32)))
         self._grow()
-        keys = contiguous(keys)
         self.ops.append(
             ["add", codec.pack_keys(keys), codec.pack_locations(locations), parent_key, written_s]
         )
         self._runs.add(keys, columns, parent_key)
+
+    def move_blocks(self, keys: Keys, locations: BlockLocations) -> None:
+        """SERVING blocks are at other locations from now on; all else about them stays.
+
+        Raises:
+            InvalidArgument: unequal lengths, or one of them is not SERVING.
+        """
+        keys, places = contiguous(keys), _rows(keys, locations)
+        self.ops.append(["move", codec.pack_keys(keys), codec.pack_locations(locations)])
+        self._runs.move(keys, places)
 
     def remove_blocks(self, keys: Keys) -> int:
         """End the SERVING state of blocks; returns how many of them had it."""
@@ -82,29 +94,60 @@ class IndexBatch:
         self.ops.append(["remove", codec.pack_keys(keys)])
         return self._runs.remove(keys)
 
+    def put_copies(self, keys: Keys, locations: BlockLocations) -> None:
+        """SERVING blocks have a second location, in place of an earlier second one.
+
+        Raises:
+            InvalidArgument: unequal lengths, or one of them is not SERVING.
+        """
+        keys = contiguous(keys)
+        _rows(keys, locations)
+        self._grow()
+        hits, _ = self.lookup(keys)
+        if not hits.all():
+            absent = len(hits) - int(hits.sum())
+            raise InvalidArgument(f"{absent} of {len(keys)} blocks to have copies are not in the index")
+        self.ops.append(["copy", codec.pack_keys(keys), codec.pack_locations(locations)])
+        copies.put(self._txn, self._tables, keys, locations)
+
+    def drop_copies(self, keys: Keys) -> int:
+        """Forget second locations; returns how many there were."""
+        keys = contiguous(keys)
+        self.ops.append(["uncopy", codec.pack_keys(keys)])
+        return copies.drop(self._txn, self._tables, keys)
+
     def repair(self) -> int:
-        """Drop whatever is damaged and blocks in unknown segments; returns how many keys that lost.
+        """Drop whatever is damaged, blocks in unknown segments, and copies in unknown segments or of
+        absent blocks; returns how many keys that lost.
 
         Reads everything.
         """
         segments = {int.from_bytes(key, "little") for key in self._repair_table("segments")}
-        for name in ("sessions", "trash", "answers"):
+        for name in ("sessions", "trash", "answers", "pins", "copies"):
             self._repair_table(name)
-        lost = self._runs.repair(walk.census(self._txn, self._tables), segments)
+        found = census(self._txn, survey(self._txn, self._tables))
+        lost = self._runs.repair(found, segments)
         if len(lost):
             self.ops.append(["remove", codec.pack_keys(lost)])
+        self._repair_copies(segments)
         return len(lost)
 
     def _repair_table(self, name: str) -> list[bytes]:
         """Drop damaged records of a table; returns the keys of the others."""
-        handle = getattr(self._tables, name)
         kept: list[bytes] = []
         damaged: list[bytes] = []
-        for key, value in sealed_records(self._txn, name.encode(), handle):
-            (damaged if value is None else kept).append(key)
+        for key, payload in sealed_payloads(self._txn, name.encode(), getattr(self._tables, name)):
+            (damaged if payload is None else kept).append(key)
         for key in damaged:
             self._drop(name, key)
         return kept
+
+    def _repair_copies(self, segments: set[int]) -> None:
+        keys, places, _ = copies.everything(self._txn, self._tables)
+        good, _ = self.lookup(keys)
+        good &= np.isin(places.segment, np.array(sorted(segments), np.uint32))
+        if not good.all():
+            self.drop_copies(keys[~good])
 
     # ------------------------------------------------------------------------- other records
 
@@ -131,6 +174,13 @@ class IndexBatch:
 
     def drop_segment(self, segment_id: int) -> None:
         self._drop("segments", U64.pack(segment_id))
+
+    def put_pin(self, record: PinRecord) -> None:
+        """Store a pin, replacing one of the same name."""
+        self._put("pins", record.name.encode(), codec.pack_pin(record))
+
+    def drop_pin(self, name: str) -> None:
+        self._drop("pins", name.encode())
 
     def remember(self, event_id: str, reply: bytes) -> None:
         """Keep the answer of an event; the oldest is forgotten beyond ANSWERS_REMEMBERED_MAX."""
@@ -168,7 +218,7 @@ class IndexBatch:
                 self._txn.put(key, record, db=handle)
 
     def _put(self, name: str, key: bytes, value: Any) -> None:
-        if name in ("sessions", "segments"):
+        if name in ("sessions", "segments", "pins"):
             self._grow()
         self.ops.append(["put", name, key, value])
         record = codec.seal(name.encode(), key, codec.pack(value))
@@ -216,6 +266,14 @@ def contiguous(keys: Keys) -> Keys:
     return np.ascontiguousarray(keys, np.int64)
 
 
+def _rows(keys: Keys, locations: BlockLocations) -> codec.Columns:
+    """Locations of `keys` as rows of segment, slot, generation. Raises InvalidArgument."""
+    columns = (locations.segment, locations.slot, locations.generation)
+    if {len(column) for column in columns} != {len(keys)}:
+        raise InvalidArgument(f"{len(locations)} locations for {len(keys)} blocks")
+    return np.array(columns, np.uint32)
+
+
 def _apply_add(
     batch: IndexBatch, keys: bytes, locations: list[Any], parent_key: int | None, written_s: int
 ) -> None:
@@ -224,23 +282,31 @@ def _apply_add(
 
 
 def _apply_put(batch: IndexBatch, name: str, key: bytes, value: Any) -> None:
-    if name == "answers":
-        batch.remember(*value)
-    elif name == "sessions":
-        batch.put_session(codec.unpack_session(value))
-    elif name == "trash":
-        batch.put_trash(codec.unpack_trash(value))
-    else:
-        batch.put_segment(codec.unpack_segment(value))
+    _PUT[name](batch, value)
 
 
 def _apply_claim(batch: IndexBatch, epoch: int, boot: str, expire: bool) -> None:
     batch.claim(epoch, boot, expire=expire)
 
 
-_APPLY: dict[str, Any] = {
+_PUT: dict[str, Callable[[IndexBatch, Any], None]] = {
+    "answers": lambda batch, value: batch.remember(*value),
+    "sessions": lambda batch, value: batch.put_session(codec.unpack_session(value)),
+    "trash": lambda batch, value: batch.put_trash(codec.unpack_trash(value)),
+    "segments": lambda batch, value: batch.put_segment(codec.unpack_segment(value)),
+    "pins": lambda batch, value: batch.put_pin(codec.unpack_pin(value)),
+}
+
+_APPLY: dict[str, Callable[..., Any]] = {
     "add": _apply_add,
     "remove": lambda batch, keys: batch.remove_blocks(codec.unpack_keys(keys)),
+    "move": lambda batch, keys, locations: batch.move_blocks(
+        codec.unpack_keys(keys), codec.unpack_locations(locations)
+    ),
+    "copy": lambda batch, keys, locations: batch.put_copies(
+        codec.unpack_keys(keys), codec.unpack_locations(locations)
+    ),
+    "uncopy": lambda batch, keys: batch.drop_copies(codec.unpack_keys(keys)),
     "put": _apply_put,
     "drop": lambda batch, name, key: batch._drop(name, key),
     "claim": _apply_claim,

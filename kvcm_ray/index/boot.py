@@ -17,7 +17,7 @@ from pathlib import Path
 from kvcm_ray.core.model import Durability
 from kvcm_ray.errors import Corrupt, StorageIOError, Unsupported
 from kvcm_ray.index.codec import FORMAT_VERSION
-from kvcm_ray.index.preflight import DATA_FILE, data_file
+from kvcm_ray.index.preflight import DATA_FILE, REMEDY, data_file
 
 IDENTITY_FILE = "index.json"
 ASIDE_FOLDER = "untrusted"  #: the last index that was moved aside
@@ -41,7 +41,7 @@ def read_identity(path: Path) -> Identity | None:
     """None if the index was never set up.
 
     Raises:
-        Unsupported: made by a newer version.
+        Unsupported: made by another version.
         Corrupt: not readable.
     """
     file = path / IDENTITY_FILE
@@ -54,7 +54,8 @@ def read_identity(path: Path) -> Identity | None:
         raise Corrupt(f"{file} is damaged: {error}") from error
     if identity.format != FORMAT_VERSION:
         raise Unsupported(
-            f"the index at {path} has format {identity.format}; this version reads {FORMAT_VERSION}"
+            f"the index at {path} has format {identity.format}; this version reads {FORMAT_VERSION}: "
+            f"use the version that made it, or {REMEDY}"
         )
     return identity
 

@@ -3,18 +3,22 @@
 Run record (native little-endian), for up to `RUN_BLOCKS` consecutive blocks of one chain:
 
     sum u64 | magic u16 | version u8 | flags u8 | blocks u16 | dead u16 | location sum u64
+    parent key i64, zero unless flag 1 is set
     keys i64[blocks]
     hole bits, padded to 8 bytes; only if dead > 0
     segment u32[blocks] | slot u32[blocks] | generation u32[blocks] | written_s u32[blocks]
 
 The first sum covers all up to the locations (the location sum too), so that a match without
 locations reads and verifies no more than that. A removed block stays as a hole, since its key may
-be asked for and must then be a miss; the last block is never a hole.
+be asked for and must then be a miss; the last block is never a hole. The parent key is that of the
+block before the first one in its chain, as the writer of the run said: a hint for the order of
+evicting, which need not be in the index.
 
 Pointer record: ``run id << 16 | offset`` in 8 bytes. It has no sum of its own: the key that the run
 holds at that offset proves it.
 
-Any other record: ``sum u64 | msgpack``, seeded with table name and key ("sealed").
+Any other record: ``sum u64 | payload``, seeded with table name and key ("sealed"). The payload is
+msgpack, or of a copy ``segment u32 | slot u32 | generation u32``.
 """
 
 from __future__ import annotations
@@ -30,15 +34,18 @@ import xxhash
 
 from kvcm_ray.core import limits
 from kvcm_ray.core.model import Segment, from_plain, to_plain
-from kvcm_ray.core.records import SessionRecord, TrashRecord
+from kvcm_ray.core.records import PinRecord, SessionKind, SessionRecord, TrashRecord
 from kvcm_ray.core.requests import U32, BlockLocations, Flags, Keys
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAGIC = 0x4B52
-#: 510 blocks of 24 bytes with the header fill three 4 KiB pages; 511 would take a fourth.
+#: 510 blocks of 24 bytes with both headers, LMDB's and ours, fill three 4 KiB pages to the byte.
 RUN_BLOCKS = min(limits.RUN_BLOCKS_MAX, 510)
-RUN_HEADER = struct.Struct("<QHBBHHQ")
+RUN_HEADER = struct.Struct("<QHBBHHQq")
+HAS_PARENT = 1  #: flag
 SUM_BYTES = 8
+_LOCATION_SUM = 16  #: where it is in the header
+COPY_BYTES = 12
 COLUMNS = 4  #: segment, slot, generation, written_s
 U64 = struct.Struct("<Q")
 U32_KEY = struct.Struct("<I")
@@ -60,6 +67,7 @@ class Run:
     keys: Keys
     columns: Columns
     holes: Flags | None  #: True = removed; None if there are none
+    parent: int | None  #: key before the first block in its chain, if any
 
     @property
     def alive(self) -> Flags:
@@ -87,23 +95,55 @@ def encode_run(run: Run) -> bytes:
         packed = np.packbits(run.holes, bitorder="little").tobytes()
         bits = packed.ljust((blocks + 63) // 64 * 8, b"\0")
     tail = np.ascontiguousarray(run.columns, np.uint32).tobytes()
-    location_sum = digest(tail, run.run_id)
-    head = RUN_HEADER.pack(0, MAGIC, FORMAT_VERSION, 0, blocks, dead, location_sum)[SUM_BYTES:]
-    body = head + run.keys.tobytes() + bits
-    return U64.pack(digest(body, run.run_id)) + body + tail
+    return _record(run.run_id, run.parent, blocks, dead, run.keys.tobytes() + bits, tail)
+
+
+def cut_run(view: Any, run_id: int, header: tuple[int, int, int], blocks: int) -> bytes:
+    """The first `blocks` blocks of a verified run record that has no holes."""
+    before, start = header[0], RUN_HEADER.size
+    keys = bytes(view[start : start + 8 * blocks])
+    starts = range(start + 8 * before, len(view), 4 * before)
+    tail = b"".join([view[column : column + 4 * blocks] for column in starts])
+    return _record(run_id, parent_of(view), blocks, 0, keys, tail)
+
+
+def _record(run_id: int, parent: int | None, blocks: int, dead: int, keys: bytes, tail: bytes) -> bytes:
+    """Header before `keys` (with the hole bits) and `tail` (the columns)."""
+    flags, number = (0, 0) if parent is None else (HAS_PARENT, parent)
+    head = RUN_HEADER.pack(0, MAGIC, FORMAT_VERSION, flags, blocks, dead, digest(tail, run_id), number)
+    body = head[SUM_BYTES:] + keys
+    return U64.pack(digest(body, run_id)) + body + tail
+
+
+def reseal(view: Any, run_id: int, header: tuple[int, int, int]) -> None:
+    """Make the checksums of a writable run record right after its locations were changed."""
+    end = match_end(header[0], header[1])
+    U64.pack_into(view, _LOCATION_SUM, digest(view[end:], run_id))
+    U64.pack_into(view, 0, digest(view[SUM_BYTES:end], run_id))
 
 
 def read_header(view: Any, run_id: int) -> tuple[int, int, int] | None:
     """(blocks, dead, location sum) of a run record whose first part is intact, else None."""
     if view is None or len(view) < RUN_HEADER.size:
         return None
-    total, magic, version, _, blocks, dead, location_sum = _unpack_header(view)
+    total, magic, version, _, blocks, dead, location_sum, _ = _unpack_header(view)
     end = match_end(blocks, dead)
     if magic != MAGIC or version != FORMAT_VERSION or len(view) != end + 4 * COLUMNS * blocks:
         return None
     if digest(view[SUM_BYTES:end], run_id) != total:
         return None
     return blocks, dead, location_sum
+
+
+def parent_of(view: Any) -> int | None:
+    """Parent key of a verified run record."""
+    _, _, _, flags, _, _, _, parent = _unpack_header(view)
+    return parent if flags & HAS_PARENT else None
+
+
+def keys_of(view: Any, blocks: int) -> Keys:
+    """Keys of a run record, holes included, as a view."""
+    return np.frombuffer(view, np.int64, blocks, RUN_HEADER.size)
 
 
 def holes_of(view: Any, blocks: int) -> Flags:
@@ -128,8 +168,14 @@ def decode_run(view: Any, run_id: int) -> Run | None:
     if header is None or columns is None:
         return None
     blocks, dead, _ = header
-    keys = np.frombuffer(view, np.int64, blocks, RUN_HEADER.size).copy()
-    return Run(run_id, keys, columns.copy(), holes_of(view, blocks) if dead else None)
+    holes = holes_of(view, blocks) if dead else None
+    return Run(run_id, keys_of(view, blocks).copy(), columns.copy(), holes, parent_of(view))
+
+
+def raw_keys(keys: Keys) -> list[bytes]:
+    """Keys as LMDB takes them."""
+    raw = keys.tobytes()
+    return [raw[i : i + 8] for i in range(0, len(raw), 8)]
 
 
 def pointers(run_id: int, first: int, count: int) -> bytes:
@@ -208,6 +254,18 @@ def _unpack_flags(packed: list[Any]) -> Flags:
     return np.unpackbits(np.frombuffer(packed[1], np.uint8), count=packed[0]).astype(np.bool_)
 
 
+def pack_copies(locations: BlockLocations) -> list[bytes]:
+    """The payload of a copy record for each."""
+    rows = np.stack((locations.segment, locations.slot, locations.generation), axis=1)
+    raw = np.ascontiguousarray(rows, np.uint32).tobytes()
+    return [raw[i : i + COPY_BYTES] for i in range(0, len(raw), COPY_BYTES)]
+
+
+def unpack_copies(payloads: list[bytes]) -> BlockLocations:
+    rows = np.frombuffer(b"".join(payloads), np.uint32).reshape(-1, 3)
+    return BlockLocations(*(rows[:, i].copy() for i in range(3)))
+
+
 def pack_session(record: SessionRecord) -> list[Any]:
     return [
         record.session_id,
@@ -222,17 +280,21 @@ def pack_session(record: SessionRecord) -> list[Any]:
         pack_keys(record.keys),
         pack_locations(record.locations),
         _pack_flags(record.removed),
+        record.kind.value,
+        pack_locations(record.source),
     ]
 
 
 def unpack_session(packed: list[Any]) -> SessionRecord:
-    exists, keys, locations, removed = packed[8:]
+    exists, keys, locations, removed, kind, source = packed[8:]
     fields: list[Any] = [
         *packed[:8],
         _unpack_flags(exists),
         unpack_keys(keys),
         unpack_locations(locations),
         _unpack_flags(removed),
+        SessionKind(kind),
+        unpack_locations(source),
     ]
     return SessionRecord(*fields)
 
@@ -249,6 +311,15 @@ def pack_trash(record: TrashRecord) -> list[Any]:
 def unpack_trash(packed: list[Any]) -> TrashRecord:
     trash_id, instance_id, due_ms, locations = packed
     return TrashRecord(trash_id, instance_id, due_ms, unpack_locations(locations))
+
+
+def pack_pin(record: PinRecord) -> list[Any]:
+    return [record.name, record.instance_id, pack_keys(record.keys), record.until_s]
+
+
+def unpack_pin(packed: list[Any]) -> PinRecord:
+    name, instance_id, keys, until_s = packed
+    return PinRecord(name, instance_id, unpack_keys(keys), until_s)
 
 
 def pack_segment(segment: Segment) -> dict[str, Any]:

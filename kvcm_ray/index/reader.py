@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from kvcm_ray.core.model import Segment
-from kvcm_ray.core.records import SessionRecord, TrashRecord
+from kvcm_ray.core.records import PinRecord, SessionRecord, TrashRecord
 from kvcm_ray.core.requests import U32, BlockLocations, Flags, Keys
 from kvcm_ray.errors import KvcmError, NotFound
-from kvcm_ray.index import boot, codec, environment, tables, walk
+from kvcm_ray.index import boot, codec, copies, environment, tables, walk
 from kvcm_ray.index.log import LogEntry, follow, read_log
+from kvcm_ray.index.survey import Census, census, survey
 
 T = TypeVar("T")
 
@@ -95,6 +96,22 @@ class IndexReader:
         with self._shared.read() as (txn, handles):
             return walk.lookup(txn, handles, keys, self._damage)
 
+    def copies(self, keys: Keys) -> tuple[Flags, BlockLocations]:
+        """Which of `keys` have a second location, and where (zeros for the others).
+
+        For blocks that could not be read where `match` and `lookup` say they are.
+        """
+        keys = np.ascontiguousarray(keys, np.int64)
+        with self._shared.read() as (txn, handles):
+            return copies.lookup(txn, handles, keys, self._damage)
+
+    def all_copies(self) -> tuple[Keys, BlockLocations]:
+        """Every block that has a second location, and where."""
+        with self._shared.read() as (txn, handles):
+            keys, places, damaged = copies.everything(txn, handles)
+        self._damage.records += damaged
+        return keys, places
+
     def select_written(self, begin_s: int, end_s: int) -> Keys:
         """Keys of all blocks written within ``[begin_s, end_s]``; reads every run."""
         with self._shared.read() as (txn, handles):
@@ -132,6 +149,9 @@ class IndexReader:
 
     def trash(self) -> list[TrashRecord]:
         return [codec.unpack_trash(packed) for packed in self._all("trash")]
+
+    def pins(self) -> list[PinRecord]:
+        return [codec.unpack_pin(packed) for packed in self._all("pins")]
 
     def commit_seq(self) -> int:
         """Number of the last commit; 0 if it cannot be read."""
@@ -206,22 +226,30 @@ class IndexReader:
 
 
 def _problems(txn: Any, handles: tables.Tables) -> Iterator[str]:
-    census = walk.census(txn, handles)
-    for run_id in census.damaged_runs:
+    found = survey(txn, handles)
+    counted = census(txn, found)
+    yield from _problems_of_runs(counted)
+    payload = tables.get_meta(txn, handles, tables.COUNTERS)
+    told = codec.Counters.decode(payload).blocks if payload else None
+    if told != counted.living:
+        yield f"the counters say {told} blocks, there are {counted.living}"
+    for name in ("segments", "sessions", "trash", "answers", "log", "pins", "copies"):
+        for record, sealed in tables.sealed_payloads(txn, name.encode(), getattr(handles, name)):
+            if sealed is None:
+                yield f"record {record.hex()} of {name} is damaged"
+    keys, _, _ = copies.everything(txn, handles)
+    for key in keys[found.places(keys) < 0].tolist():
+        yield f"key {key} has a copy, but is not in the index"
+
+
+def _problems_of_runs(counted: Census) -> Iterator[str]:
+    for run_id in counted.damaged_runs:
         yield f"run {run_id} is damaged"
     # Each damaged record is told once: not also what leads to it, or what it should have led to.
-    damaged_runs = set(census.damaged_runs)
-    own = {key: word for key, word in census.dangling if word >> 16 not in damaged_runs}
+    damaged_runs = set(counted.damaged_runs)
+    own = {key: word for key, word in counted.dangling if word >> 16 not in damaged_runs}
     for key, word in sorted(own.items()):
         yield f"the pointer of key {key} is damaged: run {word >> 16} has no such block"
-    for key, word in sorted(census.unreachable):
+    for key, word in sorted(counted.unreachable):
         if key not in own:
             yield f"the pointer of key {key} to run {word >> 16} is missing"
-    payload = tables.get_meta(txn, handles, tables.COUNTERS)
-    counted = codec.Counters.decode(payload).blocks if payload else None
-    if counted != census.living:
-        yield f"the counters say {counted} blocks, there are {census.living}"
-    for name in ("segments", "sessions", "trash", "answers", "log"):
-        for record, packed in tables.sealed_records(txn, name.encode(), getattr(handles, name)):
-            if packed is None:
-                yield f"record {record.hex()} of {name} is damaged"

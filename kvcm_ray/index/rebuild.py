@@ -1,9 +1,9 @@
 """Filling an index from the block headers of file storages, after the old one was set aside.
 
 A block comes back if all specs of its slot have valid headers of one key and generation. Of
-several slots with one key the newest generation wins; the other slots that have headers go to the
-trash, so that they are erased. Sessions and old trash are gone, and so is shared memory, which a
-boot empties.
+several slots with one key (a copy in a slower tier, a move under way, a block written again) the
+newest generation wins; the other slots that have headers go to the trash, so that they are erased.
+Sessions, pins and old trash are gone, and so is shared memory, which a boot empties.
 
 Blocks come back in slot order, which is mostly chain order, since a prompt's blocks are allocated
 in contiguous extents. Doing it again after being killed in between gives the same result.

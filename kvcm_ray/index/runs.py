@@ -1,13 +1,14 @@
-"""Changing runs inside a write transaction: adding and removing blocks.
+"""Changing runs inside a write transaction: adding, moving and removing blocks.
 
-New blocks extend the run that ends with their parent, if it has room, and else start a run. A
-removed block becomes a hole; holes at the end of a run are cut off, a run with more holes than
-blocks is written again without them, an empty one is dropped.
+New blocks extend the run that ends with their parent, if it has room, and else start a run, which
+remembers that parent. A removed block becomes a hole; holes at the end of a run are cut off, a run
+with more holes than blocks is written again without them, an empty one is dropped. However many
+blocks of a run are moved or removed at once, and in whatever order they are named, the run is read
+and written once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,10 @@ from kvcm_ray.core.requests import Keys
 from kvcm_ray.errors import InvalidArgument
 from kvcm_ray.index import codec, walk
 from kvcm_ray.index.codec import RUN_BLOCKS, U64, Columns, Counters, Run
+from kvcm_ray.index.part import load
+from kvcm_ray.index.survey import Census, Places
 from kvcm_ray.index.tables import Tables
+from kvcm_ray.index.walk import OpenRun
 
 
 class RunTables:
@@ -37,8 +41,9 @@ class RunTables:
         while start < count:
             first = 0 if tail is None else len(tail.keys)
             end = min(count, start + RUN_BLOCKS - first)
-            run = self._joined(tail, keys[start:end], columns[:, start:end])
-            self._put_run(run)
+            run = self._joined(tail, keys[start:end], columns[:, start:end], parent_key)
+            parent_key = int(keys[end - 1])
+            self._put_run(run.run_id, codec.encode_run(run))
             pointers.append(codec.pointers(run.run_id, first, end - start))
             start, tail = end, None
         self._put_new_pointers(keys, b"".join(pointers))
@@ -56,11 +61,11 @@ class RunTables:
             return None
         return run if len(run.keys) < RUN_BLOCKS else None
 
-    def _joined(self, tail: Run | None, keys: Keys, columns: Columns) -> Run:
+    def _joined(self, tail: Run | None, keys: Keys, columns: Columns, parent_key: int | None) -> Run:
         if tail is None:
             run_id = self._counters.next_run
             self._counters.next_run += 1
-            return Run(run_id, keys, columns, None)
+            return Run(run_id, keys, columns, None, parent_key)
         holes = tail.holes
         if holes is not None:
             holes = np.concatenate((holes, np.zeros(len(keys), np.bool_)))
@@ -69,15 +74,11 @@ class RunTables:
             np.concatenate((tail.keys, keys)),
             np.concatenate((tail.columns, columns), axis=1),
             holes,
+            tail.parent,
         )
 
-    def _put_run(self, run: Run) -> None:
-        self._txn.put(U64.pack(run.run_id), codec.encode_run(run), db=self._tables.runs)
-
     def _put_new_pointers(self, keys: Keys, pointers: bytes) -> None:
-        raw = keys.tobytes()
-        ends = range(0, len(raw), 8)
-        items = [(raw[i : i + 8], pointers[i : i + 8]) for i in ends]
+        items = _with_pointers(keys, pointers)
         _, added = self._txn.cursor().putmulti(items, overwrite=False)
         if added != len(items):
             self._replace_dangling(keys, items)
@@ -100,64 +101,79 @@ class RunTables:
             return False
         return bool(run.keys[offset].tobytes() == key)
 
+    def move(self, keys: Keys, columns: Columns) -> None:
+        """Replace the first rows of the columns of blocks.
+
+        Raises:
+            InvalidArgument: a block is not there. Abort the transaction then.
+        """
+        part = load(self._txn, self._tables, keys, self._txn.get, self._damage)
+        readable = all(run.columns() is not None for run in part.runs)
+        if not readable or len(part) != len(keys):
+            raise InvalidArgument(f"of {len(keys)} blocks to move, {len(part)} are in the index")
+        part.set_columns(columns)
+        records = [(U64.pack(run.run_id), run.view) for run in part.runs]
+        self._txn.cursor(self._tables.runs).putmulti(records)
+
     def remove(self, keys: Keys) -> int:
         """Remove blocks; those that are not there are skipped. Returns how many were there."""
-        found: dict[int, list[int]] = {}
-        hits = np.zeros(len(keys), np.bool_)
-        for span in walk.spans(self._txn, self._tables, keys, self._damage, prefix=False):
-            offsets = found.setdefault(span.run.run_id, [])
-            offsets.extend(range(span.offset, span.offset + span.blocks))
-            hits[span.at : span.at + span.blocks] = True
-        for key in _raw_keys(keys[hits]):
-            self._txn.delete(key)
-        removed = sum(self._punch(run_id, offsets) for run_id, offsets in found.items())
-        self._counters.blocks -= removed
-        return removed
+        in_order = np.sort(keys.view(np.uint64)).view(np.int64)
+        part = load(self._txn, self._tables, in_order, self._txn.pop, self._damage)
+        for run, mine in part.by_run():
+            self._punch(run, part.offsets[mine])
+        self._counters.blocks -= len(part)
+        return len(part)
 
-    def _punch(self, run_id: int, offsets: list[int]) -> int:
-        """Make holes in a run; returns how many blocks that were."""
-        key = U64.pack(run_id)
-        run = codec.decode_run(self._txn.get(key, None, self._tables.runs), run_id)
-        if run is None:  # its locations are damaged; nobody can reach it any more
+    def _punch(self, run: OpenRun, offsets: Places) -> None:
+        """Make holes in a run at `offsets`, ascending, of some or all of its living blocks."""
+        blocks, dead, _ = run.header
+        if len(offsets) == blocks - dead:
+            self._drop_run(run.run_id)
+        elif run.columns() is None:  # nobody can read where the others are
             self._damage.records += 1
-            self._txn.delete(key, db=self._tables.runs)
-            return len(set(offsets))
-        alive = run.alive
-        before = int(alive.sum())
+            self._drop_run(run.run_id)
+        elif not dead and offsets[0] == blocks - len(offsets):  # its tail, as eviction takes blocks
+            self._put_run(run.run_id, codec.cut_run(run.view, run.run_id, run.header, int(offsets[0])))
+        else:
+            self._put_holes(run, offsets)
+
+    def _put_holes(self, run: OpenRun, offsets: Places) -> None:
+        old = codec.decode_run(run.view, run.run_id)
+        assert old is not None
+        alive = old.alive
         alive[offsets] = False
         living = np.flatnonzero(alive)
-        if not len(living):
-            self._txn.delete(key, db=self._tables.runs)
-        elif 2 * len(living) < living[-1] + 1:
-            self._rewrite(run, living)
+        size = int(living[-1]) + 1
+        if 2 * len(living) < size:
+            kept = Run(run.run_id, old.keys[living], old.columns[:, living], None, old.parent)
+            pointers = codec.pointers(run.run_id, 0, len(living))
+            self._txn.cursor().putmulti(_with_pointers(kept.keys, pointers))
         else:
-            size = int(living[-1]) + 1
-            holes = ~alive[:size]
-            kept = holes if holes.any() else None
-            self._put_run(Run(run_id, run.keys[:size], run.columns[:, :size], kept))
-        return before - len(living)
+            holes = ~alive[:size] if len(living) < size else None
+            kept = Run(run.run_id, old.keys[:size], old.columns[:, :size], holes, old.parent)
+        self._put_run(run.run_id, codec.encode_run(kept))
 
-    def _rewrite(self, run: Run, living: np.ndarray[Any, np.dtype[np.intp]]) -> None:
-        keys = run.keys[living]
-        self._put_run(Run(run.run_id, keys, run.columns[:, living], None))
-        pointers = codec.pointers(run.run_id, 0, len(keys))
-        self._txn.cursor().putmulti(
-            [(key, pointers[8 * i : 8 * i + 8]) for i, key in enumerate(_raw_keys(keys))]
-        )
+    def _put_run(self, run_id: int, record: bytes) -> None:
+        self._txn.put(U64.pack(run_id), record, db=self._tables.runs)
 
-    def repair(self, census: walk.Census, known_segments: set[int]) -> Keys:
+    def _drop_run(self, run_id: int) -> None:
+        self._txn.delete(U64.pack(run_id), db=self._tables.runs)
+
+    def repair(self, census: Census, known_segments: set[int]) -> Keys:
         """Drop damaged runs, pointers that lead nowhere, blocks without a pointer and blocks in
         unknown segments. Returns the keys that are lost by that.
         """
         for run_id in census.damaged_runs:
-            self._txn.delete(U64.pack(run_id), db=self._tables.runs)
+            self._drop_run(run_id)
         for key, _ in census.dangling:
             self._txn.delete(np.int64(key).tobytes())
         unreachable: dict[int, list[int]] = {}
         for _, word in census.unreachable:
             unreachable.setdefault(word >> 16, []).append(word & 0xFFFF)
         for run_id, offsets in unreachable.items():
-            self._punch(run_id, offsets)
+            run = walk.open_run(self._txn, self._tables, run_id)
+            if run is not None:  # always: the census has just read it
+                self._punch(run, np.array(sorted(offsets), np.intp))
         self._counters.blocks = census.living - len(census.unreachable)
         lost = [key for key, _ in census.dangling | census.unreachable]
         homeless = np.zeros(0, np.int64)
@@ -176,6 +192,6 @@ class RunTables:
         return keys
 
 
-def _raw_keys(keys: Keys) -> Iterable[bytes]:
-    raw = keys.tobytes()
-    return (raw[i : i + 8] for i in range(0, len(raw), 8))
+def _with_pointers(keys: Keys, pointers: bytes) -> list[tuple[bytes, bytes]]:
+    """Each key with its pointer record."""
+    return [(key, pointers[8 * i : 8 * i + 8]) for i, key in enumerate(codec.raw_keys(keys))]

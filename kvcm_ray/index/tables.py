@@ -11,8 +11,8 @@ from typing import Any
 
 from kvcm_ray.index import codec
 
-INTEGER_KEYED = ("runs", "keys", "segments", "trash", "answers", "log")
-STRING_KEYED = ("sessions", "meta")
+INTEGER_KEYED = ("runs", "keys", "copies", "segments", "trash", "answers", "log")
+STRING_KEYED = ("sessions", "pins", "meta")
 
 EPOCH = b"epoch"
 COUNTERS = b"counters"
@@ -26,11 +26,13 @@ class Tables:
 
     runs: Any  #: run id u64 -> run record
     keys: Any  #: block key -> pointer record
+    copies: Any  #: block key -> second location
     segments: Any  #: segment id u64
     trash: Any  #: trash id u64
     answers: Any  #: running number u64
     log: Any  #: commit number u64
     sessions: Any  #: session id
+    pins: Any  #: name
     meta: Any
 
 
@@ -53,8 +55,13 @@ def put_meta(txn: Any, tables: Tables, name: bytes, payload: bytes) -> None:
     txn.put(name, codec.seal(b"meta", name, payload), db=tables.meta)
 
 
-def sealed_records(txn: Any, table: bytes, handle: Any) -> Iterator[tuple[bytes, Any]]:
-    """(key, value) of every record of a table in key order; the value of a damaged one is None."""
+def sealed_payloads(txn: Any, table: bytes, handle: Any) -> Iterator[tuple[bytes, bytes | None]]:
+    """(key, payload) of every record of a table in key order; the payload of a damaged one is None."""
     for key, record in txn.cursor(handle):
-        payload = codec.unseal(table, key, record)
-        yield bytes(key), None if payload is None else codec.unpack(payload)
+        yield bytes(key), codec.unseal(table, key, record)
+
+
+def sealed_records(txn: Any, table: bytes, handle: Any) -> Iterator[tuple[bytes, Any]]:
+    """The same for tables of msgpack."""
+    for key, payload in sealed_payloads(txn, table, handle):
+        yield key, None if payload is None else codec.unpack(payload)

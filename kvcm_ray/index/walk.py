@@ -1,4 +1,4 @@
-"""Looking keys up in runs: the one algorithm behind match, look-up and removal.
+"""Looking keys up in runs: the one algorithm behind match and look-up.
 
 For a key, get its pointer, then the run it points into, then compare the run's keys from there on
 with the keys asked for, in one operation; go on at the first difference, or at the run's end. Each
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import lmdb
 import numpy as np
-import numpy.typing as npt
 
 from kvcm_ray.core.requests import Flags, Keys
 from kvcm_ray.index import codec
@@ -50,6 +49,14 @@ class OpenRun:
             self._columns = codec.columns_of(self.view, self.run_id, self.header)
         return self._columns
 
+    @property
+    def holes(self) -> Flags:
+        """True = removed."""
+        if self._holes is None:
+            blocks, dead, _ = self.header
+            self._holes = codec.holes_of(self.view, blocks) if dead else np.zeros(blocks, np.bool_)
+        return self._holes
+
     def common(self, offset: int, keys: Keys, raw: bytes, at: int) -> int:
         """How many living blocks from `offset` on equal the keys from `at` on."""
         blocks, dead, _ = self.header
@@ -61,9 +68,7 @@ class OpenRun:
             return count
         wrong = np.frombuffer(view, np.int64, count, start) != keys[at : at + count]
         if dead:
-            if self._holes is None:
-                self._holes = codec.holes_of(view, blocks)
-            wrong |= self._holes[offset : offset + count]
+            wrong |= self.holes[offset : offset + count]
         first = int(wrong.argmax())
         return first if wrong[first] else count
 
@@ -92,7 +97,9 @@ def spans(txn: Any, tables: Tables, keys: Keys, damage: Damage, *, prefix: bool)
             if pointer is not None:
                 word = number(pointer[:8], "little")
                 run_id, offset = word >> 16, word & 0xFFFF
-                run = opened[run_id] if run_id in opened else _open(txn, tables, run_id, opened)
+                if run_id not in opened:
+                    opened[run_id] = open_run(txn, tables, run_id)
+                run = opened[run_id]
                 if run is not None and offset < run.header[0]:
                     count = run.common(offset, keys, raw, at)
                 if count:
@@ -106,11 +113,11 @@ def spans(txn: Any, tables: Tables, keys: Keys, damage: Damage, *, prefix: bool)
         at += count or 1
 
 
-def _open(txn: Any, tables: Tables, run_id: int, opened: dict[int, OpenRun | None]) -> OpenRun | None:
+def open_run(txn: Any, tables: Tables, run_id: int) -> OpenRun | None:
+    """None if it is not there or its keys are damaged."""
     view = txn.get(codec.U64.pack(run_id), None, tables.runs)
     header = codec.read_header(view, run_id)
-    run = opened[run_id] = None if header is None else OpenRun(run_id, view, header)
-    return run
+    return None if header is None else OpenRun(run_id, view, header)
 
 
 def match_length(txn: Any, tables: Tables, keys: Keys, damage: Damage) -> int:
@@ -166,54 +173,3 @@ def written_between(txn: Any, tables: Tables, begin_s: int, end_s: int, damage: 
         written = run.columns[3]
         found.append(run.keys[run.alive & (written >= begin_s) & (written <= end_s)])
     return np.concatenate(found)
-
-
-@dataclass(slots=True)
-class Census:
-    """What runs and pointers say about each other; blocks are (key, run id << 16 | offset)."""
-
-    damaged_runs: list[int]
-    living: int  #: blocks in intact runs
-    dangling: set[tuple[int, int]]  #: pointers without such a block
-    unreachable: set[tuple[int, int]]  #: blocks without such a pointer
-    segments: set[int]  #: that living blocks are in
-
-
-def census(txn: Any, tables: Tables) -> Census:
-    """Compare all runs with all pointers."""
-    damaged, segments = [], set()
-    keys, words = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
-    for run_id, run in all_runs(txn, tables):
-        if run is None:
-            damaged.append(run_id)
-            continue
-        offsets = np.flatnonzero(run.alive)
-        keys.append(run.keys[offsets])
-        words.append(offsets.astype(np.uint64) | np.uint64(run_id << 16))
-        segments.update(np.unique(run.columns[0, offsets]).tolist())
-    found = _sorted(np.concatenate(keys), np.concatenate(words))
-    told = _sorted(*all_pointers(txn))
-    result = Census(damaged, len(found), set(), set(), segments)
-    if not np.array_equal(found, told):
-        blocks, pointers = set(map(tuple, found.tolist())), set(map(tuple, told.tolist()))
-        result.dangling, result.unreachable = pointers - blocks, blocks - pointers
-    return result
-
-
-def all_pointers(txn: Any) -> tuple[Keys, npt.NDArray[np.uint64]]:
-    """Every key that has a pointer, and the pointers."""
-    keys, words = (
-        bytearray(),
-        bytearray(),
-    )  # not a list of buffers, which would take 20 times as much
-    for key, word in txn.cursor():
-        keys += key
-        words += word[:8]
-    return np.frombuffer(keys, np.int64), np.frombuffer(words, np.uint64)
-
-
-def _sorted(keys: Keys, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.void]:
-    both = np.empty(len(keys), [("key", np.int64), ("word", np.uint64)])
-    order = np.lexsort((words, keys))
-    both["key"], both["word"] = keys[order], words[order]
-    return both

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
-import numpy as np
 
 from kvcm_ray.core.model import Durability
 from kvcm_ray.core.records import RecoveredInstance
-from kvcm_ray.core.requests import BlockLocations
 from kvcm_ray.errors import Corrupt, Fenced, KvcmError, StorageFull, StorageIOError
-from kvcm_ray.index import boot, codec, environment, preflight, tables, walk
+from kvcm_ray.index import boot, codec, environment, preflight, recovery, tables
 from kvcm_ray.index.batch import IndexBatch
 from kvcm_ray.index.codec import Counters
 from kvcm_ray.index.lock import WriterLock
@@ -309,43 +307,29 @@ class IndexWriter(IndexStore):
                 batch.finish(self.epoch)
 
     def recover(self) -> RecoveredInstance:
-        """All that `GroupState` needs. Damaged records, and blocks in unknown segments, are dropped
-        from the index first."""
+        """All that `GroupState` needs.
+
+        Damaged records, blocks in unknown segments, and copies in unknown segments or of absent
+        blocks are dropped from the index first.
+
+        Raises:
+            Fenced, Corrupt: see `begin`.
+        """
         with self.begin():
             pass  # raises Fenced
-        if not self._is_sound():
+        found = self._read_instance()
+        if found is None:
             with self.begin() as batch:
                 batch.repair()
-        with self._shared.read() as (txn, handles):
-            counters = self._counters(txn)
-            used = [run.columns[:3, run.alive] for _, run in walk.all_runs(txn, handles) if run]
-            columns = np.concatenate([np.zeros((3, 0), np.uint32), *used], axis=1)
-            records = {name: list(_values(txn, handles, name)) for name in _RECOVERED}
-        return RecoveredInstance(
-            segments=[codec.unpack_segment(v) for v in records["segments"]],
-            sessions=[codec.unpack_session(v) for v in records["sessions"]],
-            trash=[codec.unpack_trash(v) for v in records["trash"]],
-            used=BlockLocations(*columns),
-            key_count=counters.blocks,
-            next_generation=counters.next_generation,
-            next_trash_id=counters.next_trash_id,
-            next_segment_id=counters.next_segment_id,
-            answers=dict(records["answers"]),
-        )
+            found = self._read_instance()
+        if found is None:
+            raise Corrupt(f"repairing {self.path} did not help; {preflight.REMEDY}")
+        return found
 
-    def _is_sound(self) -> bool:
-        """Whether there is nothing to repair; found outside a write transaction, as it is slow."""
+    def _read_instance(self) -> RecoveredInstance | None:
+        """Outside a write transaction, as it is slow."""
         with self._shared.read() as (txn, handles):
-            values = {name: list(_values(txn, handles, name)) for name in _RECOVERED}
-            census = walk.census(txn, handles)
-            counted = self._counters(txn).blocks
-        segments = {codec.unpack_segment(v).segment_id for v in values["segments"] if v is not None}
-        return (
-            not (census.damaged_runs or census.dangling or census.unreachable)
-            and counted == census.living
-            and census.segments <= segments
-            and not any(value is None for found in values.values() for value in found)
-        )
+            return recovery.read_instance(txn, handles, self._counters(txn))
 
     def rebuilt(self) -> None:
         """Say that the rebuild is done; the index that was set aside is deleted."""
@@ -353,15 +337,6 @@ class IndexWriter(IndexStore):
         boot.write_identity(self.path, self._identity)
         self.needs_rebuild = False
         shutil.rmtree(self.path / boot.ASIDE_FOLDER, ignore_errors=True)
-
-
-_RECOVERED = ("segments", "sessions", "trash", "answers")
-
-
-def _values(txn: Any, handles: tables.Tables, name: str) -> Iterator[Any]:
-    """Values of a table of sealed records; None for damaged ones."""
-    for _, value in tables.sealed_records(txn, name.encode(), getattr(handles, name)):
-        yield value
 
 
 class IndexReplica(IndexStore):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,8 @@ from kvcm_ray.core.requests import (
     FinishWrite,
     Flags,
     Keys,
+    Reply,
+    Request,
     StartWrite,
     WriteFinished,
     WriteStarted,
@@ -61,13 +65,19 @@ def finish_request(instance_id: str, started: WriteStarted) -> FinishWrite:
     return FinishWrite(secrets.token_hex(8), instance_id, started.session_id, mask)
 
 
+class Group(Protocol):
+    """What an `Engine` asks of a group's handle."""
+
+    def call_sync(self, request: Request, timeout_s: float = ...) -> Reply: ...
+
+
 class Engine:
     """A client of one instance, by group handle, index and storages; no RPC to read."""
 
-    def __init__(self, view: RegistryView, instance_id: str) -> None:
+    def __init__(self, view: RegistryView, instance_id: str, handle: Group | None = None) -> None:
         self.view = view
         self.info = view.instance(instance_id)
-        self.handle = GroupHandle(self.info.instance_group_name)
+        self.handle = handle or GroupHandle(self.info.instance_group_name)
         self._adapters: dict[str, StorageAdapter] = {}
 
     def adapter(self, storage: str) -> StorageAdapter:
@@ -75,10 +85,11 @@ class Engine:
             self._adapters[storage] = open_storage(self.view.storages()[storage])
         return self._adapters[storage]
 
-    def put(self, keys: Keys, timeout_s: float = 20.0) -> WriteFinished:
+    def put(self, keys: Keys, timeout_s: float = 20.0, *, partial_tail: bool = False) -> WriteFinished:
         """Write blocks with real bytes; returns when they are acknowledged."""
         instance_id = self.info.instance_id
-        started = self.handle.call_sync(start_request(instance_id, keys), timeout_s)
+        request = replace(start_request(instance_id, keys), partial_tail=partial_tail)
+        started = self.handle.call_sync(request, timeout_s)
         assert isinstance(started, WriteStarted)
         self.write(keys[~started.exists], started.locations, started.segments)
         finished = self.handle.call_sync(finish_request(instance_id, started), timeout_s)
@@ -98,17 +109,28 @@ class Engine:
 
     def found(self, keys: Keys) -> Flags:
         """True for each block that the index knows and whose bytes are right."""
+        hits, right, _ = self.looked_at(keys)
+        return hits & right
+
+    def looked_at(self, keys: Keys, *, copies: bool = False) -> tuple[Flags, Flags, BlockLocations]:
+        """Of each block, or of its copy: whether the index knows it, whether its bytes are right, and
+        where they are.
+
+        Raises:
+            AssertionError: a read that succeeded gave other bytes than those that were written.
+        """
         reader = IndexReader(self.view.index_path(self.info))
         try:
-            hits, at = reader.lookup(keys)
+            hits, at = reader.copies(keys) if copies else reader.lookup(keys)
             segments = reader.segments()
         finally:
             reader.close()
         right = np.zeros(len(keys), np.bool_)
         for segment_id in np.unique(at.segment[hits]).tolist():
             part = hits & (at.segment == segment_id)
-            right[part] = self._right(keys[part], at.take(part), segments[segment_id])
-        return right
+            if segment_id in segments:  # else it was dropped since, and its blocks before it
+                right[part] = self._right(keys[part], at.take(part), segments[segment_id])
+        return hits, right, at
 
     def _right(self, keys: Keys, at: BlockLocations, segment: Segment) -> Flags:
         good = np.ones(len(keys), np.bool_)
@@ -117,5 +139,7 @@ class Engine:
             read = self.adapter(segment.storage).read(
                 segment, spec.name, at.slot, keys, at.generation, out
             )
-            good &= read & (out == payloads(keys, spec.size)).all(axis=1)
+            same = (out == payloads(keys, spec.size)).all(axis=1)
+            assert same[read].all(), f"wrong bytes of blocks {keys[read & ~same].tolist()}"
+            good &= read
         return good

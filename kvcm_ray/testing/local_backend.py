@@ -8,18 +8,20 @@ HTTP tests.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+from kvcm_ray.actors.chores import ErasureDone, MoveDone
 from kvcm_ray.actors.reclaimer import ReclaimerBody
 from kvcm_ray.actors.registry_body import RegistryBody
 from kvcm_ray.actors.service import GroupService
 from kvcm_ray.actors.view import RegistryView
 from kvcm_ray.core.model import InstanceInfo
-from kvcm_ray.core.requests import Reply, Request, Touch
+from kvcm_ray.core.reclaim import want_of
+from kvcm_ray.core.requests import Flags, Reply, Request, StartWrite, Touch
 from kvcm_ray.errors import KvcmError, Unavailable
 from kvcm_ray.serve_app.backend import Backend
 
@@ -30,7 +32,7 @@ def _end(why: str) -> None:
 
 
 class LocalGroups:
-    """`GroupControl` and `Eraser` without actors."""
+    """`GroupControl` and `Pool` without actors."""
 
     def __init__(self, data_dir: Path) -> None:
         self._data_dir = data_dir
@@ -53,13 +55,22 @@ class LocalGroups:
             service.retire().result()
             service.stop()
 
+    def resize(self, reclaimers: int) -> None:
+        """There is one, whatever is asked for."""
+
     def erase(
-        self, index_path: str, trash_ids: Sequence[int], done: Callable[[list[int], str], None]
+        self, number: int, size: int, index_path: str, trash_ids: Sequence[int], done: ErasureDone
     ) -> None:
         def finished(future: Future[tuple[list[int], str]]) -> None:
             done(*future.result())
 
         self._reclaimer.submit(self._body.erase, index_path, trash_ids).add_done_callback(finished)
+
+    def move(self, number: int, size: int, index_path: str, session_id: str, done: MoveDone) -> None:
+        def finished(future: Future[dict[str, Flags]]) -> None:
+            done(future.result().get(session_id), "")
+
+        self._reclaimer.submit(self._body.move, index_path, [session_id]).add_done_callback(finished)
 
     def close(self) -> None:
         for service in self.services.values():
@@ -79,30 +90,43 @@ class LocalBackend(Backend):
         self._thread.submit(self._registry.refresh_all).result()
         super().__init__(RegistryView(data_dir))
         self.touched: list[Touch] = []  #: every report that was sent, for tests
+        self.wait_ms = 5_000  #: that a write may wait for room
         self.failing = False  #: makes every call fail, as if the actors were gone
 
     async def call(self, info: InstanceInfo, request: Request) -> Reply:
         reply = (await self._submit(info.instance_group_name, [request]))[0]
+        if isinstance(request, StartWrite) and isinstance(reply, KvcmError):
+            reply = await self._wait_for_room(info, request, reply)
         if isinstance(reply, KvcmError):
             raise reply
         return reply
 
+    async def _wait_for_room(
+        self, info: InstanceInfo, request: StartWrite, refusal: KvcmError
+    ) -> Reply | KvcmError:
+        """As `GroupHandle` does."""
+        if want_of(info.instance_id, refusal) is None:
+            return refusal
+        service = self._service(info.instance_group_name)
+        return await asyncio.wrap_future(service.submit_waiting(request, self.wait_ms))
+
     async def registry(self, method: str, *args: Any) -> Any:
         self._check()
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._thread, self._registry.call, token_hex(16), method, *args
-        )
+        return await loop.run_in_executor(self._thread, self._registry.call, token_hex(16), method, *args)
 
     async def usage(self, group: str) -> dict[str, Any]:
         return await asyncio.wrap_future(self._service(group).usage())
 
+    async def capacity(self, group: str) -> dict[str, Any]:
+        return await asyncio.wrap_future(self._service(group).capacity())
+
     async def health(self) -> dict[str, str]:
         return {"registry": "unreachable" if self.failing else "ok"}
 
-    async def send_touch(self, group: str, touch: Touch) -> None:
-        self.touched.append(touch)
-        await self._submit(group, [touch])
+    async def send_touches(self, group: str, touches: Sequence[Touch]) -> None:
+        self.touched += touches
+        await self._submit(group, touches)
 
     def close(self) -> None:
         for reader in self._readers.values():

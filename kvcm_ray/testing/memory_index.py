@@ -1,39 +1,33 @@
-"""The in-memory twin of the index, and a group driven against it.
+"""The in-memory twin of the index.
 
 `MemoryIndex` keeps what effects say, refuses effects that break their contract, and gives back what
-a real index would recover. `GroupDriver` joins it with a `GroupState` and checks every invariant
-after every event, and that a refused event changed nothing.
+a real index would recover. It also knows which block is before which, to check that chains stay whole.
 """
 
 from __future__ import annotations
 
-import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from kvcm_ray.core import effects as fx
-from kvcm_ray.core.events import (
-    DeletesConfirmed,
-    Event,
-    FinishWriteEvent,
-    GetMetaEvent,
-    RemoveEvent,
-    StartWriteEvent,
-    Tick,
+from kvcm_ray.core.invariants import Held
+from kvcm_ray.core.model import Segment
+from kvcm_ray.core.records import (
+    PinRecord,
+    RecoveredInstance,
+    ServedBlocks,
+    SessionKind,
+    SessionRecord,
+    TrashRecord,
 )
-from kvcm_ray.core.group import GroupState
-from kvcm_ray.core.invariants import check
-from kvcm_ray.core.mask import BlockMask
-from kvcm_ray.core.model import InstanceGroup, InstanceInfo, Segment, StorageConfig
-from kvcm_ray.core.records import RecoveredInstance, SessionRecord, TrashRecord
-from kvcm_ray.core.requests import BlockLocations, FinishWrite, Flags, Keys, StartWrite
-from kvcm_ray.errors import KvcmError
+from kvcm_ray.core.requests import BlockLocations, Flags, Keys
 
 Place = tuple[int, int, int]  #: segment, slot, generation
+Birth = tuple[int, int]  #: a key, and the number of the addition that brought it
 
 
 @dataclass
@@ -42,10 +36,31 @@ class MemoryInstance:
     sessions: dict[str, SessionRecord] = field(default_factory=dict)
     trash: dict[int, TrashRecord] = field(default_factory=dict)
     served: dict[int, Place] = field(default_factory=dict)
+    copies: dict[int, Place] = field(default_factory=dict)
+    pins: dict[str, PinRecord] = field(default_factory=dict)
+    written_s: dict[int, int] = field(default_factory=dict)
+    born: dict[int, int] = field(default_factory=dict)  #: number of the addition of each served key
+    before: dict[Birth, Birth] = field(default_factory=dict)  #: the block before each in its chain
     answers: dict[str, bytes] = field(default_factory=dict)
+    additions: int = 0
     generation: int = 0  #: largest ever seen
     trash_id: int = 0
     segment_id: int = 0
+
+    def parent(self, key: int) -> int | None:
+        """The block before a served one in its chain, if it is there."""
+        before = self.before.get((key, self.born[key]))
+        return before[0] if before and self._lives(before) else None
+
+    def ancestor(self, key: int) -> int | None:
+        """The nearest block before a served one in its chain that is there."""
+        birth = self.before.get((key, self.born[key]))
+        while birth is not None and not self._lives(birth):
+            birth = self.before.get(birth)
+        return birth[0] if birth else None
+
+    def _lives(self, birth: Birth) -> bool:
+        return self.born.get(birth[0]) == birth[1]
 
 
 class MemoryIndex:
@@ -57,23 +72,26 @@ class MemoryIndex:
     def lookup(self, instance_id: str, keys: Keys) -> tuple[Flags, BlockLocations]:
         """As the real one: hits, and locations aligned with `keys`, zeros for misses."""
         served = self.instances[instance_id].served
-        rows = [served.get(key, (0, 0, 0)) for key in keys.tolist()]
-        columns = np.array(rows, np.uint32).reshape(len(rows), 3).T.copy()
         hits = np.array([key in served for key in keys.tolist()], np.bool_)
-        return hits, BlockLocations(*columns)
+        return hits, _locations([served.get(key, (0, 0, 0)) for key in keys.tolist()])
 
     def served(self) -> Mapping[str, dict[int, Place]]:
         return {name: instance.served for name, instance in self.instances.items()}
 
+    def held(self) -> Mapping[str, Held]:
+        """What `invariants.check` wants."""
+        return {name: Held(kept.served, kept.copies, kept.pins) for name, kept in self.instances.items()}
+
     def recover(self, instance_id: str) -> RecoveredInstance:
         kept = self.instances[instance_id]
-        places = np.array(list(kept.served.values()), np.uint32).reshape(len(kept.served), 3)
         return RecoveredInstance(
             segments=list(kept.segments.values()),
             sessions=list(kept.sessions.values()),
             trash=list(kept.trash.values()),
-            used=BlockLocations(*places.T.copy()),
-            key_count=len(kept.served),
+            blocks=_served_blocks(kept),
+            copy_keys=np.array(list(kept.copies), np.int64),
+            copies=_locations(list(kept.copies.values())),
+            pins=list(kept.pins.values()),
             next_generation=kept.generation + 1,
             next_trash_id=kept.trash_id + 1,
             next_segment_id=kept.segment_id + 1,
@@ -81,147 +99,168 @@ class MemoryIndex:
         )
 
     def apply(self, effects: Sequence[fx.Effect]) -> None:
+        """Make effects true. Raises AssertionError for one that breaks its contract."""
         for effect in effects:
-            kept = self.instances[effect.instance_id]
-            match effect:
-                case fx.CreateSegment(_, segment):
-                    assert segment.segment_id > kept.segment_id, "segment ids are never reused"
-                    kept.segment_id = segment.segment_id
-                    kept.segments[segment.segment_id] = segment
-                case fx.DropSegment(_, segment_id):
-                    del kept.segments[segment_id]
-                case fx.PutSession(_, record):
-                    assert set(record.locations.segment.tolist()) <= kept.segments.keys()
-                    kept.sessions[record.session_id] = pickle.loads(pickle.dumps(record))
-                    kept.generation = max(kept.generation, record.generation)
-                case fx.DropSession(_, session_id):
-                    del kept.sessions[session_id]
-                case fx.PutTrash(_, record):
-                    assert record.trash_id > kept.trash_id, "trash ids are never reused"
-                    kept.trash_id = record.trash_id
-                    kept.trash[record.trash_id] = record
-                case fx.DropTrash(_, trash_ids):
-                    for trash_id in trash_ids:
-                        del kept.trash[trash_id]
-                case fx.AddBlocks():
-                    self._add(kept, effect)
-                case fx.DropBlocks(_, keys):
-                    for key in keys.tolist():
-                        del kept.served[key]
-                case fx.RememberAnswer(_, event_id, _):
-                    kept.answers[event_id] = effect.reply_bytes
-
-    def _add(self, kept: MemoryInstance, effect: fx.AddBlocks) -> None:
-        keys, at = effect.keys.tolist(), effect.locations
-        assert len(keys) == len(at) > 0
-        assert not kept.served.keys() & set(keys), "added blocks are new"
-        assert len(set(keys)) == len(keys), "added blocks are distinct"
-        places = zip(at.segment.tolist(), at.slot.tolist(), at.generation.tolist(), strict=True)
-        kept.served.update(zip(keys, places, strict=True))
+            _APPLY[type(effect)](self.instances[effect.instance_id], effect)
+        for instance_id in {effect.instance_id for effect in effects}:
+            _check_references(self.instances[instance_id])
 
 
-class GroupDriver:
-    """A `GroupState` and its index, with one method for each thing that can happen."""
+def _locations(places: Sequence[Place]) -> BlockLocations:
+    return BlockLocations(*np.array(places, np.uint32).reshape(len(places), 3).T.copy())
 
-    def __init__(
-        self,
-        group: InstanceGroup,
-        storages: Mapping[str, StorageConfig],
-        instances: Sequence[InstanceInfo],
-    ) -> None:
-        self.group, self.storages, self.infos = group, storages, list(instances)
-        self.index = MemoryIndex()
-        self.now_ms = 1_000
-        self.effects: list[fx.Effect] = []  #: of the last event
-        self.state = GroupState(group, storages)
-        for info in instances:
-            self.index.instances[info.instance_id] = MemoryInstance()
-            self.state.open_instance(info, None)
 
-    def handle(self, event: Event) -> Any:
-        """The reply. Raises the error if it is one, after checking that nothing changed."""
-        before = pickle.dumps(self.state.ledger)
-        outcome = self.state.handle(event)
-        self.effects = outcome.effects
-        if isinstance(outcome.reply, KvcmError):
-            assert outcome.effects == []
-            assert pickle.dumps(self.state.ledger) == before, "a refused event changed the state"
-            raise outcome.reply
-        self.index.apply(outcome.effects)
-        self.check()
-        return outcome.reply
+def _places(locations: BlockLocations) -> list[Place]:
+    columns = (locations.segment, locations.slot, locations.generation)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
 
-    def check(self) -> None:
-        wrong = check(self.state, self.index.served())
-        assert not wrong, "\n".join(wrong)
 
-    def start(
-        self,
-        instance_id: str,
-        keys: Sequence[int],
-        session_id: str,
-        *,
-        event_id: str = "",
-        timeout_ms: int = 0,
-        groups: Sequence[str] = (),
-    ) -> Any:
-        wanted = np.array(keys, np.int64)
-        request = StartWrite(event_id, instance_id, wanted, session_id, timeout_ms, tuple(groups))
-        exists, _ = self.index.lookup(instance_id, wanted)
-        return self.handle(StartWriteEvent(request, exists, self.now_ms, self.now_ms // 1000))
+def _distinct(keys: Keys, locations: BlockLocations | None = None) -> list[int]:
+    listed = keys.tolist()
+    assert keys.dtype == np.int64, keys.dtype
+    assert len(set(listed)) == len(listed) > 0, "keys of an effect are distinct, and some"
+    assert locations is None or len(locations) == len(listed), "one location for each key"
+    return listed
 
-    def finish(
-        self, instance_id: str, session_id: str, success: BlockMask, *, event_id: str = ""
-    ) -> Any:
-        request = FinishWrite(event_id, instance_id, session_id, success)
-        return self.handle(FinishWriteEvent(request, self.now_ms, self.now_ms // 1000))
 
-    def remove(
-        self,
-        instance_id: str,
-        keys: Sequence[int],
-        *,
-        event_id: str = "",
-        drop_sessions: bool = False,
-    ) -> Any:
-        wanted = np.array(keys, np.int64)
-        hits, found = self.index.lookup(instance_id, wanted)
-        return self.handle(
-            RemoveEvent(event_id, instance_id, wanted, hits, found, self.now_ms, drop_sessions)
-        )
+def _served_blocks(kept: MemoryInstance) -> ServedBlocks:
+    """In an order of no meaning, as runs are."""
+    keys = sorted(kept.served)
+    place = {key: at for at, key in enumerate(keys)}
+    parents = [kept.ancestor(key) for key in keys]
+    return ServedBlocks(
+        np.array(keys, np.int64),
+        _locations([kept.served[key] for key in keys]),
+        np.array([kept.written_s[key] for key in keys], np.uint32),
+        np.array([-1 if p is None else place[p] for p in parents], np.int64),
+    )
 
-    def meta(self, instance_id: str, keys: Sequence[int]) -> Any:
-        wanted = np.array(keys, np.int64)
-        return self.handle(
-            GetMetaEvent(instance_id, wanted, *self.index.lookup(instance_id, wanted))
-        )
 
-    def tick(self, ms: int = 0) -> None:
-        self.now_ms += ms
-        self.handle(Tick(self.now_ms))
+# ------------------------------------------------------------------------------------ effects
 
-    def collect(self, limit: int = 1_000) -> list[TrashRecord]:
-        """Erase all that is due and confirm it."""
-        due = self.state.due_trash(self.now_ms, limit)
-        for record in due:
-            self.handle(DeletesConfirmed(record.instance_id, (record.trash_id,), self.now_ms))
-        return due
 
-    def configure(self, group: InstanceGroup, storages: Mapping[str, StorageConfig]) -> None:
-        self.group, self.storages = group, storages
-        self.state.configure(group, storages)
-        self.check()
+def _create_segment(kept: MemoryInstance, effect: fx.CreateSegment) -> None:
+    segment = effect.segment
+    assert segment.segment_id > kept.segment_id, "segment ids are never reused"
+    kept.segment_id = segment.segment_id
+    kept.segments[segment.segment_id] = segment
 
-    def restart(self) -> None:
-        """Another process takes over: nothing is left but the index."""
-        before = self.usage()
-        self.state = GroupState(self.group, self.storages)
-        for info in self.infos:
-            self.state.open_instance(info, self.index.recover(info.instance_id))
-        self.check()
-        assert self.usage() == before, "a restart changed what the group holds"
 
-    def usage(self) -> dict[str, Any]:
-        """`GroupState.usage` without what a restart may forget."""
-        usage: dict[str, Any] = json.loads(json.dumps(self.state.usage()))
-        return {k: v for k, v in usage.items() if k not in ("hit_blocks", "lookup_blocks")}
+def _drop_segment(kept: MemoryInstance, effect: fx.DropSegment) -> None:
+    del kept.segments[effect.segment_id]
+
+
+def _put_session(kept: MemoryInstance, effect: fx.PutSession) -> None:
+    record = effect.record
+    assert len(record.keys) == len(record.locations) == len(record.removed) > 0
+    if record.kind is SessionKind.WRITE:
+        assert not len(record.source), "a client's blocks come from nowhere"
+    elif record.session_id not in kept.sessions:
+        _check_move(kept, record)
+    kept.sessions[record.session_id] = pickle.loads(pickle.dumps(record))
+    kept.generation = max(kept.generation, record.generation)
+
+
+def _check_move(kept: MemoryInstance, record: SessionRecord) -> None:
+    """A new move: of SERVING blocks, from where they are."""
+    keys = _distinct(record.keys, record.source)
+    assert record.generation > kept.generation, "a move has a generation of its own"
+    for key, source in zip(keys, _places(record.source), strict=True):
+        assert kept.served.get(key) == source, f"block {key} is not at {source}"
+    storages = {kept.segments[i].storage for i in set(record.locations.segment.tolist())}
+    assert storages == {record.storage}, "all targets are on the session's storage"
+
+
+def _drop_session(kept: MemoryInstance, effect: fx.DropSession) -> None:
+    del kept.sessions[effect.session_id]
+
+
+def _put_trash(kept: MemoryInstance, effect: fx.PutTrash) -> None:
+    record = effect.record
+    assert record.trash_id > kept.trash_id, "trash ids are never reused"
+    assert len(record.locations)
+    kept.trash_id = record.trash_id
+    kept.trash[record.trash_id] = record
+
+
+def _drop_trash(kept: MemoryInstance, effect: fx.DropTrash) -> None:
+    for trash_id in effect.trash_ids:
+        del kept.trash[trash_id]
+
+
+def _add_blocks(kept: MemoryInstance, effect: fx.AddBlocks) -> None:
+    keys = _distinct(effect.keys, effect.locations)
+    assert not kept.served.keys() & set(keys), "added blocks are new"
+    kept.additions += 1
+    before: Birth | None = None
+    if effect.parent_key in kept.served:
+        before = effect.parent_key, kept.born[effect.parent_key]
+    for key, place in zip(keys, _places(effect.locations), strict=True):
+        kept.served[key], kept.born[key] = place, kept.additions
+        kept.written_s[key] = effect.written_s
+        if before is not None:
+            kept.before[key, kept.additions] = before
+        before = key, kept.additions
+
+
+def _drop_blocks(kept: MemoryInstance, effect: fx.DropBlocks) -> None:
+    for key in _distinct(effect.keys):
+        assert key not in kept.copies, f"the copy of block {key} is dropped before the block"
+        del kept.served[key], kept.born[key], kept.written_s[key]
+
+
+def _move_blocks(kept: MemoryInstance, effect: fx.MoveBlocks) -> None:
+    for key, place in zip(_distinct(effect.keys, effect.locations), _places(effect.locations), strict=True):
+        assert kept.served[key] != place, f"block {key} is at {place} already"
+        kept.served[key] = place
+
+
+def _put_copies(kept: MemoryInstance, effect: fx.PutCopies) -> None:
+    for key, place in zip(_distinct(effect.keys, effect.locations), _places(effect.locations), strict=True):
+        assert kept.served[key] != place, f"the copy of block {key} is the block"
+        kept.copies[key] = place
+
+
+def _drop_copies(kept: MemoryInstance, effect: fx.DropCopies) -> None:
+    for key in _distinct(effect.keys):
+        del kept.copies[key]
+
+
+def _put_pin(kept: MemoryInstance, effect: fx.PutPin) -> None:
+    _distinct(effect.record.keys)
+    kept.pins[effect.record.name] = effect.record
+
+
+def _drop_pin(kept: MemoryInstance, effect: fx.DropPin) -> None:
+    del kept.pins[effect.name]
+
+
+def _remember(kept: MemoryInstance, effect: fx.RememberAnswer) -> None:
+    kept.answers[effect.event_id] = effect.reply_bytes
+
+
+def _check_references(kept: MemoryInstance) -> None:
+    """After a commit every named segment exists, and copies belong to blocks."""
+    named = {place[0] for place in [*kept.served.values(), *kept.copies.values()]}
+    for record in [*kept.sessions.values(), *kept.trash.values()]:
+        named |= set(record.locations.segment.tolist())
+    assert named <= kept.segments.keys(), f"no records of segments {named - kept.segments.keys()}"
+    assert kept.copies.keys() <= kept.served.keys(), "a copy without a block"
+
+
+_APPLY: dict[type[fx.Effect], Callable[[MemoryInstance, Any], None]] = {
+    fx.CreateSegment: _create_segment,
+    fx.DropSegment: _drop_segment,
+    fx.PutSession: _put_session,
+    fx.DropSession: _drop_session,
+    fx.PutTrash: _put_trash,
+    fx.DropTrash: _drop_trash,
+    fx.AddBlocks: _add_blocks,
+    fx.DropBlocks: _drop_blocks,
+    fx.MoveBlocks: _move_blocks,
+    fx.PutCopies: _put_copies,
+    fx.DropCopies: _drop_copies,
+    fx.PutPin: _put_pin,
+    fx.DropPin: _drop_pin,
+    fx.RememberAnswer: _remember,
+}

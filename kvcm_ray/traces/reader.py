@@ -1,7 +1,8 @@
 """Streaming readers of request traces; formats are told apart by the fields of the first record.
 
-    mooncake       timestamp (ms), input_length, output_length, hash_ids (prefix ids)
-    qwen-bailian   chat_id, parent_chat_id, timestamp (s), ..., turn, hash_ids (single-block ids)
+    mooncake       timestamp (ms), input_length, output_length, hash_ids (prefix ids of 512 tokens)
+    qwen-bailian   chat_id, parent_chat_id, timestamp (s), ..., turn, hash_ids (ids of single blocks of
+                   16 tokens)
 
 Both are JSON lines, plain or gzip (told by content, not by name). Records keep the file's order. A
 bad line is an error that names the file and the line; nothing is skipped silently.
@@ -41,17 +42,19 @@ class TraceRequest:
     input_tokens: int
     output_tokens: int
     keys: npt.NDArray[np.int64]  #: prefix keys of its prompt blocks
+    partial_tail: bool = False  #: the prompt fills its last block only partly
 
 
 @dataclass(frozen=True, slots=True)
 class _Format:
     name: str
     seconds_per_tick: float
+    block_tokens: int
     keys_of: Callable[[Sequence[int]], npt.NDArray[np.int64]]
 
 
-MOONCAKE = _Format("mooncake", 1e-3, keys_of_prefix_ids)
-QWEN_BAILIAN = _Format("qwen-bailian", 1.0, keys_of_block_ids)
+MOONCAKE = _Format("mooncake", 1e-3, 512, keys_of_prefix_ids)
+QWEN_BAILIAN = _Format("qwen-bailian", 1.0, 16, keys_of_block_ids)
 
 
 def bundled(name: str) -> Path:
@@ -121,9 +124,11 @@ def _request(kind: _Format, record: dict[str, Any]) -> TraceRequest:
     ids = record["hash_ids"]
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise ValueError("hash_ids must be a list of integers")
+    input_tokens = int(record["input_length"])
     return TraceRequest(
         timestamp_s=float(record["timestamp"]) * kind.seconds_per_tick,
-        input_tokens=int(record["input_length"]),
+        input_tokens=input_tokens,
         output_tokens=int(record["output_length"]),
         keys=kind.keys_of(ids),
+        partial_tail=input_tokens < len(ids) * kind.block_tokens,
     )

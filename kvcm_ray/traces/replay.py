@@ -3,15 +3,17 @@
 Each request looks up its leading hits, reads and checks them, and writes what is missing. Counts
 are those of a replay one request at a time: look-ups happen in the trace's order, and a request
 that shares a block with writes still in flight waits for them. Only then are up to `window`
-requests' writes under way at once. (With eviction by recency the order of writes matters too: use a
-window of 1.)
+requests' writes under way at once.
+
+What is evicted depends on the order in which the manager hears of reads and writes. With a window of 1
+it hears of them in the trace's order: what was read is reported before the next write begins (`flush`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +71,9 @@ class Replay:
     """One replay of `requests` into `instance`, whose only spec has `block_bytes` bytes.
 
     `speed` is a factor on the trace's own pace; None is as fast as it goes. `until_s` (monotonic)
-    ends it early. `progress` is called after each request.
+    ends it early. `progress` is called after each request. `flush` is awaited before each write, to
+    tell the manager of the reads so far. With `partial_tail` the writes say which prompts fill their
+    last block only partly.
     """
 
     instance: AsyncInstance
@@ -78,6 +82,8 @@ class Replay:
     speed: float | None = None
     until_s: float | None = None
     progress: Callable[[Report], None] | None = None
+    flush: Callable[[], Awaitable[None]] | None = None
+    partial_tail: bool = False
     report: Report = field(default_factory=Report)
     _writing: dict[int, asyncio.Task[None]] = field(default_factory=dict)  #: by key
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -157,9 +163,12 @@ class Replay:
     async def _write(self, request: TraceRequest) -> None:
         new = 0
         committed = 0
+        tail = self.partial_tail and request.partial_tail
         try:
+            if self.flush:
+                await self.flush()
             with _timed(self.report, "start_write"):
-                session = await self.instance.start_write(request.keys)
+                session = await self.instance.start_write(request.keys, partial_tail=tail)
             new = len(session.todo)
             if new:
                 rows = block_pattern(session.plan.keys, self.block_bytes)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from kvcm_ray.actors.chores import ErasureDone, MoveDone
 from kvcm_ray.actors.reclaimer import ReclaimerBody
 from kvcm_ray.actors.registry_body import RegistryBody
 from kvcm_ray.actors.service import GroupService
@@ -16,7 +17,7 @@ from kvcm_ray.cluster.defaults import default_group, parse_tiers
 
 
 class Groups:
-    """`GroupControl` and `Eraser` that call in this thread."""
+    """`GroupControl` and `Pool` that call in this thread."""
 
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = data_dir
@@ -28,9 +29,7 @@ class Groups:
         if group not in self.services:
             view = RegistryView(self.data_dir)
             self.body = ReclaimerBody(view)
-            self.services[group] = GroupService(
-                view, group, self, lambda why: self.fenced.append(group)
-            )
+            self.services[group] = GroupService(view, group, self, lambda why: self.fenced.append(group))
         self.services[group].refresh().result(10)
 
     def remove(self, group: str) -> None:
@@ -38,13 +37,22 @@ class Groups:
         service.retire().result(10)
         service.stop()
 
+    def resize(self, reclaimers: int) -> None:
+        pass
+
     def erase(
-        self, index_path: str, trash_ids: Sequence[int], done: Callable[[list[int], str], None]
+        self, number: int, size: int, index_path: str, trash_ids: Sequence[int], done: ErasureDone
     ) -> None:
         if self.erasing:
             done(*self.body.erase(index_path, trash_ids))
         else:
             done([], "switched off by the test")
+
+    def move(self, number: int, size: int, index_path: str, session_id: str, done: MoveDone) -> None:
+        if self.erasing:
+            done(self.body.move(index_path, [session_id]).get(session_id), "")
+        else:
+            done(None, "switched off by the test")
 
 
 @pytest.fixture

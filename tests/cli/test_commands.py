@@ -200,12 +200,12 @@ def test_replay_text_and_refusals(kvcm: Kvcm, tmp_path: Path) -> None:
 
 
 def test_replay_that_does_not_fit_says_so(kvcm: Kvcm, tmp_path: Path) -> None:
-    kvcm("group", "create", "tiny", "--quota", "300", "--storage", "files")
-    path = trace(tmp_path, [1, 2], [3, 4], [1, 2])
+    kvcm("group", "create", "tiny", "--quota", "150", "--storage", "files")
+    path = trace(tmp_path, [1], [3, 4], [1])
     ran = kvcm("replay", path, "--via", "http", "--group", "tiny", "--instance", "tiny",
                "--block-bytes", "100", "--window", "1", "--json")  # fmt: skip
     assert ran.code == 1
-    assert (ran.json["hit_blocks"], ran.json["refused_blocks"]) == (2, 2)
+    assert (ran.json["hit_blocks"], ran.json["refused_blocks"]) == (1, 2), "two never fit"
     assert "quota" in ran.json["first_error"]["message"]
 
 
@@ -319,8 +319,8 @@ def test_the_program_itself(manager: Served) -> None:
 
 def test_help_of_every_command(kvcm: Kvcm) -> None:
     top = kvcm("--help").out
-    for name in ("up", "down", "status", "group", "storage", "instance", "replay", "fsck",
-                 "bench", "demo", "version"):  # fmt: skip
+    for name in ("up", "down", "status", "capacity", "group", "storage", "instance", "pin",
+                 "reclaimer", "replay", "fsck", "bench", "demo", "version"):  # fmt: skip
         assert f"\n  {name} " in top, name
         shown = kvcm(name, "--help")
         assert (shown.code, "Usage: kvcm" in shown.out) == (0, True)

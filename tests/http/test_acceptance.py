@@ -146,18 +146,46 @@ def test_instances_groups_and_accounts(http: Http) -> None:
     http.ok("deleteAccount", user_name="u")
 
 
-def test_the_key_limit_and_making_room(http: Http) -> None:
+def test_a_full_instance_makes_room(http: Http) -> None:
+    """Theirs refuses the 17th block until used_percentage is lowered; ours evicts the coldest one."""
     http.ok("createInstanceGroup", instance_group=GROUP)
     http.register("i1", instance_group="g")
+    http.write("i1", list(range(16)))
+    assert len(http.write("i1", [99])) == 1
+    assert len(http.prefix("i1", [99])) == 1
+    assert http.run(http.backend.usage("g"))["blocks"] <= 16
+    assert len(http.prefix("i1", list(range(15)))) < 15, "leaves go before what leads to them"
+
+
+def test_the_key_limit_and_making_room(http: Http) -> None:
+    """A full instance refuses only if nothing in it may go; then room is made by the operator."""
+    http.ok("createInstanceGroup", instance_group=GROUP)
+    http.register("i1", instance_group="g")
+    http.write("i1", list(range(12)))
+    http.ok("pinCache", instance_id="i1", name="all", block_keys=list(range(16)))
     http.write("i1", list(range(16)))
     message = http.refused("startWriteCache", "INTERNAL_ERROR", instance_id="i1", block_keys=[99])
     assert "max_key_count" in message
     http.ok("removeCache", instance_id="i1", block_keys=[15])
     assert len(http.write("i1", [99])) == 1
     shown = http.ok("getInstanceGroup", name="g")["instance_group"]
-    shown["cache_config"]["meta_indexer_config"]["max_key_count"] = 17
+    shown["cache_config"]["meta_indexer_config"]["max_key_count"] = 32
     http.ok("updateInstanceGroup", instance_group=shown | {"version": 2}, current_version=1)
-    assert len(http.write("i1", [100])) == 1, "the new limit acts at once"
+    assert len(http.write("i1", [100, 101])) == 2, "the new limit acts at once"
+
+
+def test_a_lowered_mark_acts_at_once(http: Http) -> None:
+    """The protocol's own test: used_percentage 0.1 makes room within two seconds."""
+    http.ok("createInstanceGroup", instance_group=GROUP)
+    http.register("i1", instance_group="g")
+    http.write("i1", list(range(16)))
+    shown = http.ok("getInstanceGroup", name="g")["instance_group"]
+    shown["cache_config"]["reclaim_strategy"]["trigger_strategy"]["used_percentage"] = 0.1
+    http.ok("updateInstanceGroup", instance_group=shown | {"version": 2}, current_version=1)
+    until = time.monotonic() + 2
+    while http.run(http.backend.usage("g"))["blocks"] > 1 and time.monotonic() < until:
+        time.sleep(0.02)
+    assert http.run(http.backend.usage("g"))["blocks"] <= 1
 
 
 def test_metrics_count(http: Http) -> None:
@@ -167,8 +195,7 @@ def test_metrics_count(http: Http) -> None:
     http.refused("startWriteCache", "INVALID_ARGUMENT", instance_id="i1")
     metrics = http.ok("getMetrics")["metrics"]
     series = {
-        (m["metric_name"], *(t["tag_value"] for t in m["metric_tags"])): m["metric_value"]
-        for m in metrics
+        (m["metric_name"], *(t["tag_value"] for t in m["metric_tags"])): m["metric_value"] for m in metrics
     }
     assert int(series["service.query_counter", "ListStorage"]["int_value"]) == 2
     assert series["service.query_rt_us", "ListStorage"]["float_value"] > 1

@@ -140,8 +140,8 @@ def test_examples_of_the_documentation_work(http: Http) -> None:
         if endpoint.rpc in ("AddStorage", "UpdateStorage"):
             root = str(http.data_dir / "extra")
             request["storage"] = request["storage"] | {"nfs": {"root_path": root}}
-        if "<from" in str(request) or endpoint.rpc in ("LeaderDemote", "RemoveInstance"):
-            continue
+        if "<from" in str(request) or endpoint.rpc in ("LeaderDemote", "RemoveInstance", "RollbackInstance"):
+            continue  # not to be done, or not yet
         http.ok(endpoint.path.removeprefix("/api/"), **request)
 
 
@@ -151,9 +151,12 @@ def test_reads_are_reported_to_the_group_in_batches(http: Http) -> None:
     http.prefix("i1", [1, 2, 9])
     http.prefix("i1", [8])
     http.run(http.backend.flush_touches())
-    assert [(t.keys.tolist(), t.lookups) for t in http.backend.touched] == [([1, 2], 4)]
+    http.ok("getCacheLocation", instance_id="i1", block_keys=[3, 7, 1], query_type="QT_BATCH_GET")
+    http.run(http.backend.flush_touches())
+    told = [(t.keys.tolist(), t.lookups, t.chained) for t in http.backend.touched]
+    assert told == [([1, 2], 3, True), ([], 1, True), ([3, 1], 3, False)]
     usage = http.run(http.backend.usage("default"))
-    assert (usage["hit_blocks"], usage["lookup_blocks"]) == (2, 4)
+    assert (usage["hit_blocks"], usage["lookup_blocks"]) == (4, 7)
 
 
 def test_reports_are_dropped_rather_than_queued_without_bound(
@@ -169,9 +172,15 @@ def test_reports_are_dropped_rather_than_queued_without_bound(
     http.backend._flushing.cancel()
     http.backend._flushing = None
     http.backend.failing = True
-    http.run(http.backend._send_reports())
+    http.run(http.backend._send_touches())
     assert http.backend.touches_dropped == 5
     http.backend.failing = False
+    monkeypatch.setattr("kvcm_ray.serve_app.backend.TOUCHES_MAX", 1)
+    http.prefix("i1", [7])
+    http.prefix("i1", [7])
+    assert http.backend.touches_dropped == 6
+    http.backend._flushing.cancel()
+    http.backend._flushing = None
 
 
 def test_counters_are_shared_and_survive_their_process(tmp_path: Path) -> None:

@@ -170,6 +170,7 @@ def test_quota_errors_name_the_quota_and_the_amounts(http: Http) -> None:
     http.ok("createInstanceGroup", instance_group=group("small", quota={"capacity": 4096}))
     http.register("s1", instance_group="small")
     http.write("s1", [1, 2, 3])
+    http.ok("pinCache", instance_id="s1", name="p", block_keys=[1, 2, 3])
     message = http.refused("startWriteCache", "INTERNAL_ERROR", instance_id="s1", block_keys=[10, 11])
     assert "4096" in message
     assert "2048" in message

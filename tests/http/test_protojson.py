@@ -242,6 +242,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return numbers.map(lambda v: np.array(v, np.int64))
     if get_origin(hint) is tuple:
         return st.lists(values(get_args(hint)[0]), max_size=3).map(tuple)
+    if get_origin(hint) is dict:
+        return st.dictionaries(st.text(max_size=4), st.none() | st.integers(*I64) | st.booleans(), max_size=3)
     if hint in (str, bool):
         return st.text(max_size=8) if hint is str else st.booleans()
     if isinstance(hint, type) and issubclass(hint, enum.IntEnum):

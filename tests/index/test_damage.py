@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from kvcm_ray.core.model import Durability
-from kvcm_ray.errors import Corrupt, NotFound, Unsupported
+from kvcm_ray.core.records import PinRecord
+from kvcm_ray.errors import Corrupt, InvalidArgument, NotFound, Unsupported
 from kvcm_ray.index import IndexReader, IndexWriter
 from kvcm_ray.index.preflight import DATA_FILE, check_file
 
@@ -29,11 +30,13 @@ def flips(value: bytes) -> Iterator[bytes]:
 
 @pytest.fixture
 def filled(writer: IndexWriter, build: Any) -> IndexWriter:
-    """Two runs, the first with a hole."""
+    """Two runs, the first with a hole, the second with a parent; copies of the second; a pin."""
     with writer.begin() as batch:
         batch.put_segment(build.segment(0))
-        for keys in (build.keys(1, 2, 3, 4, 5), build.keys(100, 101)):
-            batch.add_blocks(keys, build.locations(keys), None, 77)
+        for parent, keys in ((None, build.keys(1, 2, 3, 4, 5)), (3, build.keys(100, 101))):
+            batch.add_blocks(keys, build.locations(keys), parent, 77)
+        batch.put_copies(keys, build.locations(keys, 3))
+        batch.put_pin(PinRecord("pin", "i-1", keys, 9))
     with writer.begin() as batch:
         batch.remove_blocks(build.keys(3))
     return writer
@@ -98,7 +101,7 @@ def test_every_bit_flip_of_a_key(filled: IndexWriter, reader: IndexReader, build
 
 
 def test_every_bit_flip_of_other_records(filled: IndexWriter, reader: IndexReader) -> None:
-    good = {name: records(filled, name) for name in ("segments", "meta", "log")}
+    good = {name: records(filled, name) for name in ("segments", "meta", "log", "pins", "copies")}
     segment = reader.segment(0)
     for name, found in good.items():
         for key, value in found:
@@ -106,6 +109,13 @@ def test_every_bit_flip_of_other_records(filled: IndexWriter, reader: IndexReade
                 put(filled, name, key, changed)
                 if name == "segments":
                     assert reader.segment(0) is None
+                elif name == "pins":
+                    assert reader.pins() == []
+                elif name == "copies":
+                    number = np.frombuffer(key, np.int64)
+                    hits, at = reader.copies(number)
+                    assert (hits.tolist(), at.slot.tolist()) == ([False], [0])
+                    assert number not in reader.all_copies()[0]
                 elif name == "meta" and key in (b"counters", b"epoch"):
                     with pytest.raises(Corrupt), filled.begin():
                         pass
@@ -114,6 +124,34 @@ def test_every_bit_flip_of_other_records(filled: IndexWriter, reader: IndexReade
                         list(reader.log(1))
                 put(filled, name, key, value)
     assert reader.segment(0) == segment
+
+
+def remove_for_a_try(writer: IndexWriter, keys: np.ndarray, before: np.ndarray) -> None:
+    """The removed blocks are gone then, no other one is wrong; nothing of it is committed."""
+    with writer.begin() as batch:
+        batch.remove_blocks(keys[1:])
+        left, at = batch.lookup(keys)
+        assert not left[1:].any()
+        assert not (left & ~before).any()
+        assert (at.slot[left] == keys[left]).all()
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("table", ["runs", "keys"])
+def test_changing_blocks_beside_damage(filled: IndexWriter, build: Any, table: str) -> None:
+    """Neither moving nor removing makes a damaged record look intact."""
+    everything = build.keys(1, 2, 4, 5, 100, 101)
+    for key, value in records(filled, table):
+        for changed in list(flips(value))[:: 7 if table == "runs" else 1]:
+            put(filled, table, key, changed)
+            with filled.begin() as batch:
+                hits, _ = batch.lookup(everything)
+            if table == "runs":  # with damaged pointers they are found all the same
+                with pytest.raises(InvalidArgument, match="blocks to move"), filled.begin() as batch:
+                    batch.move_blocks(everything, build.locations(everything, 2))
+            with pytest.raises(ZeroDivisionError):
+                remove_for_a_try(filled, everything, hits)
+        put(filled, table, key, value)
 
 
 def copies(path: Path, target: Path, lengths: list[int]) -> list[Path]:
@@ -178,9 +216,9 @@ def test_newer_or_damaged_identity(open_writer: Callable[..., IndexWriter]) -> N
     writer.close()
     identity = writer.path / "index.json"
     good = identity.read_text()
-    identity.write_text(good.replace('"format": 1', '"format": 2'))
+    identity.write_text(good.replace('"format": 2', '"format": 3'))
     for opened in (open_writer, lambda: IndexReader(writer.path)):
-        with pytest.raises(Unsupported, match="format 2"):
+        with pytest.raises(Unsupported, match="format 3"):
             opened()
     identity.write_text(good[:-4])
     with pytest.raises(Corrupt, match=r"index\.json"):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcm_ray.core.records import SessionRecord, TrashRecord
+from kvcm_ray.core.records import PinRecord, SessionKind, SessionRecord, TrashRecord
 from kvcm_ray.errors import Fenced
 from kvcm_ray.index import IndexReader, IndexReplica, IndexWriter, LogGap, batch
 
@@ -39,7 +39,14 @@ def random_commits(writer: IndexWriter, build: Any, seed: int, count: int) -> No
             parent = int(chance.choice(there)) if there else None
             changes.add_blocks(new, build.locations(new, number + 1), parent, number)
             there.extend(new.tolist())
+            moved = chance.choice(there, 6, replace=False)
+            changes.move_blocks(moved, build.locations(moved, number + 2))
+            copied = chance.choice(there, 4, replace=False)
+            changes.put_copies(copied, build.locations(copied, number + 3))
+            changes.put_pin(PinRecord(f"pin-{number % 4}", "i-1", moved, number))
+            changes.drop_pin(f"pin-{(number + 2) % 4}")
             gone = chance.choice(there, 12, replace=False)
+            changes.drop_copies(gone)
             changes.remove_blocks(gone)
             there = [key for key in there if key not in set(gone.tolist())]
             changes.put_segment(build.segment(number % 4))
@@ -55,7 +62,10 @@ def random_commits(writer: IndexWriter, build: Any, seed: int, count: int) -> No
 def session(name: str, generation: int, keys: np.ndarray, build: Any) -> SessionRecord:
     flags = np.zeros(len(keys), np.bool_)
     at = build.locations(keys, generation)
-    return SessionRecord(name, "event", "i-1", generation, 5, 6, "store", None, flags, keys, at, flags)
+    record = SessionRecord(name, "event", "i-1", generation, 5, 6, "store", None, flags, keys, at, flags)
+    if generation % 2:
+        record.kind, record.source = SessionKind.MOVE, build.locations(keys, 99)
+    return record
 
 
 def writer_keys(writer: IndexWriter) -> list[int]:
@@ -76,8 +86,29 @@ def test_replay_makes_an_equal_index(
     entries = list(writer.log(1))
     assert [entry.seq for entry in entries] == list(range(1, writer.stats().commit_seq + 1))
     assert all(replica.apply(entry) for entry in entries)
-    assert build.dump(replica) == build.dump(writer)
+    tables = build.dump(replica)
+    assert tables["copies"]
+    assert tables["pins"]
+    assert tables == build.dump(writer)
     assert not any(replica.apply(entry) for entry in entries[-3:]), "applied once"
+    assert build.dump(replica) == build.dump(writer)
+
+
+def test_a_repair_is_in_the_log(
+    writer: IndexWriter, open_replica: Callable[..., IndexReplica], build: Any
+) -> None:
+    keys = build.keys(1, 2, 3, 4)
+    with writer.begin() as changes:
+        changes.put_segment(build.segment(0))
+        changes.add_blocks(keys, build.locations(keys), None, 1)
+        changes.put_copies(keys, build.locations(keys, 2))
+        changes.put_copies(keys[:1], build.locations(keys[:1], 2, segment=9))
+        changes.remove_blocks(keys[1:2])
+    found = writer.recover()
+    assert found.copy_keys.tolist() == [3, 4], "neither in an unknown segment nor of an absent block"
+    replica = open_replica()
+    for entry in writer.log(1):
+        replica.apply(entry)
     assert build.dump(replica) == build.dump(writer)
 
 
@@ -95,7 +126,7 @@ def test_a_replica_takes_over(
     replica.close()
     heir = open_writer(replica.path)
     assert heir.epoch == writer.epoch + 1
-    assert heir.recover().key_count == 3
+    assert len(heir.recover().blocks) == 3
     with writer.begin() as changes:
         changes.remember("too late", b"")
     (late,) = writer.log(heir.stats().commit_seq)

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvcm_ray.core.model import Durability
+from kvcm_ray.core.model import Durability, LocationSpecInfo, Segment
+from kvcm_ray.core.records import PinRecord
 from kvcm_ray.core.requests import U32, BlockLocations, Keys
 from kvcm_ray.errors import InvalidArgument
 from kvcm_ray.index import IndexReader, IndexWriter, codec, runs
@@ -27,11 +28,38 @@ CHAIN = [-(2**63), -5, -1, 0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 2**32, 2**63 - 
 KEYS = st.sampled_from(CHAIN)
 #: Stretches of the chain, so that look-ups run along runs and over their holes; or anything.
 STRETCHES = st.tuples(st.integers(0, 15), st.integers(1, 16)).map(lambda s: CHAIN[s[0] :][: s[1]])
+DISTINCT = STRETCHES | st.lists(KEYS, min_size=1, max_size=16, unique=True)
 KEY_LISTS = STRETCHES | st.lists(KEYS, max_size=24) | st.tuples(STRETCHES, STRETCHES).map(sum_of)
 
 
 def array(keys: list[int]) -> Keys:
     return np.array(keys, np.int64)
+
+
+def places(count: int, stamp: int) -> np.ndarray:
+    """Locations that can be told from others, as rows."""
+    rows = [(stamp % 3, i * 7 + stamp, stamp) for i in range(count)]
+    return np.array(rows, np.uint32).reshape(count, 3)
+
+
+def naive_parents(runs_found: list[codec.Run]) -> dict[int, int | None]:
+    """The key before each living key, block by block."""
+    living = {int(key): n for n, run in enumerate(runs_found) for key in run.keys[run.alive]}
+    parents: dict[int, int | None] = {}
+    for number, run in enumerate(runs_found):
+        before = run.parent if run.parent in living else None
+        seen, at = set(), number
+        while at not in seen:  # up through runs; coming back to this one is a circle
+            seen.add(at)
+            up = runs_found[at].parent
+            if up not in living:
+                break
+            at = living[up]
+            if at == number:
+                before = None
+        for key in run.keys[run.alive].tolist():
+            parents[key], before = before, key
+    return parents
 
 
 def rows_of(*columns: U32) -> list[tuple[int, ...]]:
@@ -49,6 +77,8 @@ class IndexMachine(RuleBasedStateMachine):
         self.kept = codec.RUN_BLOCKS
         codec.RUN_BLOCKS = runs.RUN_BLOCKS = self.RUN_BLOCKS
         self.flat: dict[int, tuple[int, int, int, int]] = {}
+        self.second: dict[int, tuple[int, int, int]] = {}
+        self.pinned: dict[str, tuple[list[int], int]] = {}
         self.stamp = 0
 
     @initialize()
@@ -57,33 +87,81 @@ class IndexMachine(RuleBasedStateMachine):
             self.folder, instance_tag="i", durability=Durability.PROCESS, map_size=64 << 20
         )
         self.reader = IndexReader(self.folder)
+        with self.writer.begin() as batch:
+            for number in range(3):
+                batch.put_segment(Segment(number, "s", f"i/u-{number}", (LocationSpecInfo("kv", 8),), 999))
 
-    @rule(
-        wanted=st.lists(KEYS, min_size=1, max_size=16, unique=True) | STRETCHES,
-        chained=st.booleans(),
-    )
+    @rule(wanted=DISTINCT, chained=st.booleans())
     def add(self, wanted: list[int], chained: bool) -> None:
         """With the right parent (which may be absent or in the middle of a run), or any."""
         new = [key for key in wanted if key not in self.flat]
         before = CHAIN.index(new[0]) - 1 if new else -1
         parent = CHAIN[before] if before >= 0 and chained else (CHAIN[self.stamp % 16])
         self.stamp += 1
-        rows = [(self.stamp % 3, i * 7 + self.stamp, self.stamp, self.stamp) for i in range(len(new))]
-        columns = np.array(rows, np.uint32).reshape(len(new), 4).T
+        rows = places(len(new), self.stamp)
         with self.writer.begin() as batch:
-            batch.add_blocks(array(new), BlockLocations(*columns[:3]), parent, self.stamp)
-        self.flat.update(zip(new, rows, strict=True))
+            batch.add_blocks(array(new), BlockLocations(*rows.T), parent, self.stamp)
+        self.flat.update((key, (*row, self.stamp)) for key, row in zip(new, rows.tolist(), strict=True))
+
+    @rule(keys=KEY_LISTS, backwards=st.booleans())
+    def remove(self, keys: list[int], backwards: bool) -> None:
+        keys = keys[::-1] if backwards else keys
+        with self.writer.begin() as batch:
+            forgotten = batch.drop_copies(array(keys))
+            removed = batch.remove_blocks(array(keys))
+        assert forgotten == len({key for key in keys if self.second.pop(key, None)})
+        assert removed == len({key for key in keys if self.flat.pop(key, None)})
+
+    @rule(keys=DISTINCT, backwards=st.booleans())
+    def move(self, keys: list[int], backwards: bool) -> None:
+        there = [key for key in (keys[::-1] if backwards else keys) if key in self.flat]
+        self.stamp += 1
+        rows = places(len(there), self.stamp)
+        with self.writer.begin() as batch:
+            batch.move_blocks(array(there), BlockLocations(*rows.T))
+        for key, row in zip(there, rows.tolist(), strict=True):
+            self.flat[key] = (*row, self.flat[key][3])
+
+    @rule(keys=DISTINCT)
+    def copy(self, keys: list[int]) -> None:
+        there = [key for key in keys if key in self.flat]
+        self.stamp += 1
+        rows = places(len(there), self.stamp)
+        with self.writer.begin() as batch:
+            batch.put_copies(array(there), BlockLocations(*rows.T))
+        self.second.update(zip(there, map(tuple, rows.tolist()), strict=True))
 
     @rule(keys=KEY_LISTS)
-    def remove(self, keys: list[int]) -> None:
+    def drop_copies(self, keys: list[int]) -> None:
         with self.writer.begin() as batch:
-            removed = batch.remove_blocks(array(keys))
-        assert removed == len({key for key in keys if self.flat.pop(key, None)})
+            dropped = batch.drop_copies(array(keys))
+        assert dropped == len({key for key in keys if self.second.pop(key, None)})
+
+    @rule(keys=DISTINCT)
+    def change_absent_blocks(self, keys: list[int]) -> None:
+        absent = len(keys) - len(self.flat.keys() & keys)
+        for change, words in (("move_blocks", "blocks to move"), ("put_copies", "to have copies")):
+            if absent:
+                with pytest.raises(InvalidArgument, match=words), self.writer.begin() as batch:
+                    getattr(batch, change)(array(keys), BlockLocations.empty(len(keys)))
+
+    @rule(name=st.sampled_from("abc"), keys=DISTINCT, until=st.integers(0, 99))
+    def pin(self, name: str, keys: list[int], until: int) -> None:
+        with self.writer.begin() as batch:
+            batch.put_pin(PinRecord(name, "i", array(keys), until))
+        self.pinned[name] = (keys, until)
+
+    @rule(name=st.sampled_from("abc"))
+    def unpin(self, name: str) -> None:
+        with self.writer.begin() as batch:
+            batch.drop_pin(name)
+        self.pinned.pop(name, None)
 
     @rule(keys=KEY_LISTS)
     def give_up(self, keys: list[int]) -> None:
         def dropped() -> None:
             with self.writer.begin() as batch:
+                batch.drop_copies(array(keys))
                 batch.remove_blocks(array(keys))
                 raise ZeroDivisionError
 
@@ -134,6 +212,30 @@ class IndexMachine(RuleBasedStateMachine):
             assert hits.tolist() == [key in self.flat for key in keys]
             assert rows_of(at.segment, at.slot, at.generation, written) == expected
 
+    @rule(keys=KEY_LISTS)
+    def look_for_copies(self, keys: list[int]) -> None:
+        with self.writer.begin() as batch:
+            answers = (self.reader.copies(array(keys)), batch.copies(array(keys)))
+        for hits, at in answers:
+            assert hits.tolist() == [key in self.second for key in keys]
+            expected = [self.second.get(key, (0, 0, 0)) for key in keys]
+            assert rows_of(at.segment, at.slot, at.generation) == expected
+
+    @rule()
+    def recover(self) -> None:
+        found = self.writer.recover()
+        at = found.blocks.locations
+        rows = rows_of(at.segment, at.slot, at.generation, found.blocks.written_s)
+        keys = found.blocks.keys.tolist()
+        assert len(keys) == len(found.blocks) == len(self.flat)
+        assert dict(zip(keys, rows, strict=True)) == self.flat
+        parents = [keys[place] if place >= 0 else None for place in found.blocks.parents.tolist()]
+        assert dict(zip(keys, parents, strict=True)) == naive_parents(list(self.reader.runs()))
+        at = found.copies
+        copies = zip(found.copy_keys.tolist(), rows_of(at.segment, at.slot, at.generation), strict=True)
+        assert dict(copies) == self.second
+        assert {pin.name: (pin.keys.tolist(), pin.until_s) for pin in found.pins} == self.pinned
+
     @rule(begin=st.integers(0, 30), end=st.integers(0, 30))
     def select_written(self, begin: int, end: int) -> None:
         expected = {key for key, row in self.flat.items() if begin <= row[3] <= end}
@@ -146,6 +248,10 @@ class IndexMachine(RuleBasedStateMachine):
         if hasattr(self, "reader"):
             assert self.reader.verify() == []
             assert self.reader.key_count() == len(self.flat)
+            assert {pin.name for pin in self.reader.pins()} == self.pinned.keys()
+            keys, at = self.reader.all_copies()
+            rows = rows_of(at.segment, at.slot, at.generation)
+            assert dict(zip(keys.tolist(), rows, strict=True)) == self.second
             assert self.reader.corrupt_records == 0
 
     def teardown(self) -> None:
@@ -201,6 +307,74 @@ def test_a_long_chain_is_few_runs(writer: IndexWriter, reader: IndexReader) -> N
     assert [len(run.keys) for run in reader.runs()] == [510, 510, 510, 510, 2, 1]
     assert reader.match_length(array([-1, -3, -2])) == 3
     assert reader.match_length(chain) == 2040
+
+
+def parents_of(writer: IndexWriter) -> dict[int, int | None]:
+    found = writer.recover().blocks
+    keys = found.keys.tolist()
+    return {
+        key: keys[place] if place >= 0 else None
+        for key, place in zip(keys, found.parents.tolist(), strict=True)
+    }
+
+
+def add_chain(writer: IndexWriter, keys: list[int] | range, parent: int | None) -> None:
+    with writer.begin() as batch:
+        batch.put_segment(Segment(0, "s", "i/u-0", (LocationSpecInfo("kv", 8),), 999))
+        batch.add_blocks(array(list(keys)), BlockLocations.empty(len(keys)), parent, 1)
+
+
+def test_a_run_remembers_its_parent(writer: IndexWriter) -> None:
+    """Through branches, full runs, holes, rewriting and moves; and over gaps."""
+    add_chain(writer, range(1, 1001), None)  # two runs
+    add_chain(writer, [-1, -2], 300)  # a branch
+    add_chain(writer, [-3], -2)  # goes on in its run
+    add_chain(writer, [-9, -10], 5_000)  # after a block that was dropped meanwhile
+    expected: dict[int, int | None] = {key: key - 1 for key in range(2, 1001)}
+    expected |= {1: None, -1: 300, -2: -1, -3: -2, -9: None, -10: -9}
+    assert parents_of(writer) == expected
+    with writer.begin() as batch:
+        batch.move_blocks(array([511, 512, -1]), BlockLocations.empty(3))
+    assert parents_of(writer) == expected
+    gone = [*range(100, 900), -1]
+    with writer.begin() as batch:
+        batch.remove_blocks(array(gone))
+    for key in gone:
+        del expected[key]
+    # The parents of the second run and of the branch are gone: that is where chains begin now.
+    assert parents_of(writer) == expected | {900: None, -2: None}
+    with writer.begin() as batch:
+        batch.remove_blocks(array([50]))
+    assert parents_of(writer)[51] == 49
+    add_chain(writer, [510], 98)
+    assert parents_of(writer)[900] == 510, "it is back, wherever it is now"
+
+
+def test_parents_never_go_in_circles(writer: IndexWriter) -> None:
+    """Made-up keys may be added again after what was after them."""
+    add_chain(writer, [1], None)
+    add_chain(writer, [2, 3], 99)
+    add_chain(writer, [4], 2)
+    with writer.begin() as batch:
+        batch.remove_blocks(array([1]))
+    add_chain(writer, [99, 1], 4)
+    assert parents_of(writer) == {2: None, 3: 2, 4: None, 99: 4, 1: 99}
+    add_chain(writer, [5], 3)
+    add_chain(writer, [6], 2)  # leads to the circle, but is not on it
+    add_chain(writer, [8], 9)
+    add_chain(writer, [9], 8)  # in the run that names it as parent
+    more = {5: 3, 6: 2, 8: None, 9: 8}
+    assert parents_of(writer) == {2: None, 3: 2, 4: None, 99: 4, 1: 99} | more
+    with writer.begin() as batch:
+        batch.remove_blocks(array([99, 1]))
+    assert parents_of(writer) == {2: None, 3: 2, 4: 2} | more
+
+
+def test_a_full_run_fills_its_pages(writer: IndexWriter) -> None:
+    add_chain(writer, range(1, 511), -7)
+    with writer._shared.read() as (txn, tables):
+        assert len(txn.cursor(tables.runs).get(codec.U64.pack(1))) + 16 == 3 * 4096
+        assert txn.stat(tables.runs)["overflow_pages"] == 3
 
 
 def test_eviction_from_the_tail_shrinks_runs(writer: IndexWriter, reader: IndexReader) -> None:

@@ -25,7 +25,7 @@ def storage(tmp_path: Path) -> FileStorage:
 
 
 def make_segment(storage: FileStorage, number: int, uid: str = INFO.uid) -> Segment:
-    segment = Segment(number, "disk", segment_path("i-1", uid, number), SPECS, 32)
+    segment = Segment(number, storage.name, segment_path("i-1", uid, number), SPECS, 32)
     storage.create_segment(segment, SegmentOwner("group", "i-1", uid))
     return segment
 
@@ -99,6 +99,39 @@ def test_rebuild_from_headers(
     again = open_writer(durability=Durability.PROCESS)
     assert not again.needs_rebuild
     assert again.stats().key_count == 6
+
+
+def test_a_block_in_two_places_comes_back_once(
+    open_writer: Callable[..., IndexWriter],
+    storage: FileStorage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    build: Any,
+) -> None:
+    """Copies, and moves that were under way: the newest whole one is kept, the others are erased."""
+    slow = FileStorage("slow", str(tmp_path / "slow"))
+    near, far = make_segment(storage, 1), make_segment(slow, 2)
+    write(slow, far, [0, 1], [10, 11], 3)
+    write(storage, near, [0, 1], [10, 11], 5)  # promoted, and the slow place was kept
+    write(storage, near, [2, 3, 4], [12, 13, 14], 4)
+    write(slow, far, [7], [12], 6)  # demoted, but the fast place was not erased yet
+    write(slow, far, [8], [13], 6, specs=SPECS[:1])  # being demoted: half of it is there
+    open_writer().close()
+    boot_again(monkeypatch)
+    writer = open_writer()
+    result = rebuild(writer, {"disk": storage, "slow": slow}, INFO, 1)
+    assert (result.segments, result.blocks, result.discarded) == (2, 5, 4)
+    recovered = writer.recover()
+    at = recovered.blocks.locations
+    rows = zip(at.segment.tolist(), at.slot.tolist(), at.generation.tolist(), strict=True)
+    assert dict(zip(recovered.blocks.keys.tolist(), rows, strict=True)) == {
+        10: (1, 0, 5), 11: (1, 1, 5), 12: (2, 7, 6), 13: (1, 3, 4), 14: (1, 4, 4),
+    }  # fmt: skip
+    assert len(recovered.copy_keys) == 0
+    (trash,) = recovered.trash
+    at = trash.locations
+    places = zip(at.segment.tolist(), at.slot.tolist(), at.generation.tolist(), strict=True)
+    assert list(places) == [(1, 2, 4), (2, 0, 3), (2, 1, 3), (2, 8, 6)]
 
 
 def test_killed_in_the_middle_of_a_rebuild(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from kvcm_ray.core.model import Durability
+from kvcm_ray.core.records import PinRecord
 from kvcm_ray.errors import Fenced, StorageFull, StorageIOError, Unavailable
 from kvcm_ray.index import IndexReader, IndexWriter
 
@@ -129,6 +130,14 @@ def test_a_full_map(open_writer: Callable[..., IndexWriter], build: Any) -> None
     assert reader.verify() == []
     with writer.begin() as batch:
         keys = batch.select_written(0, 9)
+    with writer.begin() as batch:
+        batch.move_blocks(keys[:50], build.locations(keys[:50], 2))
+    for grow in (
+        lambda batch: batch.put_copies(keys[:1], build.locations(keys[:1])),
+        lambda batch: batch.put_pin(PinRecord("pin", "i-1", keys, 0)),
+    ):
+        with pytest.raises(StorageFull), writer.begin() as batch:
+            grow(batch)
     for start in range(0, len(keys), 1000):
         with writer.begin() as batch:
             batch.remove_blocks(keys[start : start + 1000])

@@ -21,7 +21,7 @@ import ray
 
 from kvcm_ray import fsck
 from kvcm_ray.actors.handles import GroupHandle, RegistryHandle
-from kvcm_ray.actors.names import NAMESPACE
+from kvcm_ray.actors.names import NAMESPACE, reclaimer_name
 from kvcm_ray.actors.view import RegistryView
 from kvcm_ray.cluster import Manager
 from kvcm_ray.core.model import AccountRole, NfsSpec, StorageConfig
@@ -225,7 +225,7 @@ def test_reclaimer_killed_trash_is_erased_by_the_next(engine: Engine, group: Gro
     name = engine.info.instance_id
     group.call_sync(RemoveBlocks(secrets.token_hex(8), name, keys))
     for number in (0, 1):
-        ray.kill(ray.get_actor(f"reclaimer:{number}", namespace=NAMESPACE), no_restart=False)
+        ray.kill(ray.get_actor(reclaimer_name(number, 2), namespace=NAMESPACE), no_restart=False)
     wait_until(lambda: used_bytes(group, name) == 0, 20)
 
 

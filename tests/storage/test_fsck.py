@@ -17,7 +17,7 @@ from kvcm_ray.core.model import (
     StorageConfig,
     segment_path,
 )
-from kvcm_ray.core.records import SessionRecord, TrashRecord
+from kvcm_ray.core.records import PinRecord, SessionKind, SessionRecord, TrashRecord
 from kvcm_ray.core.requests import BlockLocations
 from kvcm_ray.index import IndexReader, IndexWriter
 from kvcm_ray.storage_adapters import SegmentOwner, StorageAdapter, header
@@ -51,12 +51,14 @@ class World:
                 batch.put_segment(segment)
         return segment
 
-    def store(self, slots: list[int], generation: int = 1) -> BlockLocations:
+    def store(self, slots: list[int], generation: int = 1, keys: list[int] | None = None) -> BlockLocations:
+        """Bytes of blocks, by default of those with the keys 1000 + slot."""
         where = np.array(slots, np.uint32)
         generations = np.full(len(slots), generation, np.uint32)
+        named = where.astype(np.int64) + 1000 if keys is None else np.array(keys, np.int64)
         for spec in SPECS:
             data = [block(spec.size, slot) for slot in slots]
-            self.storage.write(self.segment, spec.name, where, where + 1000, generations, data)
+            self.storage.write(self.segment, spec.name, where, named, generations, data)
         return BlockLocations(np.ones(len(slots), np.uint32), where, generations)
 
     def add(self, slots: list[int], generation: int = 1) -> None:
@@ -173,6 +175,64 @@ def test_sessions_and_trash_are_references(world: World) -> None:
     assert sum(world.look().orphans.values()) == 3 * BLOCK
 
 
+def test_copies_are_references(world: World) -> None:
+    keys = [1003, 1004]
+    copies = world.store([20, 21], 2, keys)
+    assert sum(world.look().orphans.values()) == 2 * BLOCK
+    with world.writer.begin() as batch:
+        batch.put_copies(np.array(keys), copies)
+    found = world.look(deep=True)
+    assert found.clean
+    assert (found.blocks, found.copies) == (10, 2)
+
+
+def test_a_lost_copy_is_dangling(world: World) -> None:
+    keys = [1003, 1004, 1005]
+    copies = world.store([20, 21, 22], 2, keys)
+    with world.writer.begin() as batch:
+        batch.put_copies(np.array(keys), copies)
+    world.storage.delete(world.segment, copies.slot[:1], copies.generation[:1])
+    flip(world.file(".dat", "tp1"), 8192 * 8 * 21 + 3)  # rot: only the deep check reads
+    assert {(s.key, s.slot, s.copy) for s in world.look().dangling} == {(1003, 20, True)}
+    deep = world.look(deep=True)
+    assert {(s.key, s.slot, s.copy) for s in deep.dangling} == {(1003, 20, True), (1004, 21, True)}
+    assert not deep.orphans
+
+
+def test_a_move_refers_to_where_it_writes(world: World) -> None:
+    """Its blocks are SERVING at their old place; the new one is not theirs yet, and no orphan."""
+    keys = np.array([1003, 1004])
+    target = world.store([20, 21], 2, keys.tolist())
+    source = BlockLocations(np.ones(2, np.uint32), np.array([3, 4], np.uint32), np.ones(2, np.uint32))
+    record = SessionRecord(
+        "m" * 32, "", "i", 2, 10**12, 1000, "tier", None, np.zeros(2, np.bool_), keys, target,
+        np.zeros(2, np.bool_), SessionKind.MOVE, source,
+    )  # fmt: skip
+    with world.writer.begin() as batch:
+        batch.put_session(record)
+    assert world.look(deep=True).clean
+    old = BlockLocations(*(column.copy() for column in (source.segment, source.slot, source.generation)))
+    with world.writer.begin() as batch:  # the end of a move, in one commit
+        batch.drop_session(record.session_id)
+        batch.move_blocks(keys, target)
+        batch.put_trash(TrashRecord(1, "i", 0, old))
+    assert world.look(deep=True).clean
+
+
+def test_a_copy_in_the_blocks_own_slot_is_a_contradiction(world: World) -> None:
+    own = BlockLocations(np.ones(1, np.uint32), np.array([3], np.uint32), np.ones(1, np.uint32))
+    with world.writer.begin() as batch:
+        batch.put_copies(np.array([1003]), own)
+    assert "1 slots are named by two records" in world.look().counters
+
+
+def test_pins_are_fine(world: World) -> None:
+    """Also of keys that are not there."""
+    with world.writer.begin() as batch:
+        batch.put_pin(PinRecord("system prompt", "i", np.array([1003, 7, 8]), 0))
+    assert world.look(deep=True).clean
+
+
 def test_one_slot_for_two_records_is_a_contradiction(world: World) -> None:
     with world.writer.begin() as batch:
         batch.put_trash(TrashRecord(1, "i", 0, BlockLocations(*np.ones((3, 1), np.uint32))))
@@ -220,8 +280,9 @@ def data_dir(world: World) -> Path:
 def test_a_clean_data_directory(world: World, data_dir: Path) -> None:
     report = fsck.check(data_dir, settle_s=0, deep=True)
     assert report.to_dict() == {
-        "orphan_bytes": 0, "dangling_locations": 0, "corrupt_records": 0, "counters_ok": True,
-        "unverified_locations": 0, "instances": 1, "blocks": 10, "notes": [], "ok": True,
+        "orphan_bytes": 0, "dangling_locations": 0, "dangling_copies": 0, "corrupt_records": 0,
+        "counters_ok": True, "unverified_locations": 0, "instances": 1, "blocks": 10, "copies": 0,
+        "notes": [], "ok": True,
     }  # fmt: skip
 
 

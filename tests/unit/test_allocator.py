@@ -92,9 +92,7 @@ class AllocatorMachine(RuleBasedStateMachine):
             assert self.allocator.taken(segment) == sum(1 for s, _ in self.taken if s == segment)
 
 
-AllocatorMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=30, deadline=None
-)
+AllocatorMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 TestAllocator = AllocatorMachine.TestCase
 
 

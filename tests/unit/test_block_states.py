@@ -22,7 +22,7 @@ from kvcm_ray.core.model import (
     StorageConfig,
 )
 from kvcm_ray.errors import SessionNotFound
-from kvcm_ray.testing.memory_index import GroupDriver
+from kvcm_ray.testing.group_driver import GroupDriver
 
 KEY, FIRST, SECOND = 7, "1" * 32, "2" * 32
 

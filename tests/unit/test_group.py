@@ -43,7 +43,7 @@ from kvcm_ray.errors import (
     QuotaExceeded,
     SessionNotFound,
 )
-from kvcm_ray.testing.memory_index import GroupDriver
+from kvcm_ray.testing.group_driver import GroupDriver
 
 STORAGES = {
     "nfs": StorageConfig("nfs", nfs=NfsSpec("/n")),
@@ -63,15 +63,14 @@ INFO = InstanceInfo(
 )
 OTHER = replace(INFO, instance_id="j", uid="ffff0000")
 BLOCK = 160
+MISS = (np.array([False]), BlockLocations.empty(1))  #: the index's answer about one unknown key
 
 
 def sid(number: int) -> str:
     return f"{number:032d}"
 
 
-def group_of(
-    blocks: int = 100, max_keys: int = 0, delay_ms: int = 0, **type_blocks: int
-) -> InstanceGroup:
+def group_of(blocks: int = 100, max_keys: int = 0, delay_ms: int = 0, **type_blocks: int) -> InstanceGroup:
     """A group whose quotas are so many whole blocks."""
     entries = tuple(QuotaConfig(StorageType[f"ST_{k}"], n * BLOCK) for k, n in type_blocks.items())
     return InstanceGroup(
@@ -193,9 +192,7 @@ def test_the_last_generation_is_followed_by_the_first() -> None:
 def test_spec_groups_get_segments_of_their_own() -> None:
     d = driver()
     reply = d.start("i", [1, 2, 3, 4], sid(1), groups=["only_a", "", "only_a", "both"])
-    specs = [
-        [s.name for s in reply.segments[segment].specs] for segment, _, _ in rows(reply.locations)
-    ]
+    specs = [[s.name for s in reply.segments[segment].specs] for segment, _, _ in rows(reply.locations)]
     assert specs == [["a"], ["a", "b"], ["a"], ["a", "b"]]
     assert d.usage()["reserved_bytes"] == 2 * 100 + 2 * BLOCK
 
@@ -216,9 +213,7 @@ def test_bad_spec_groups(groups: list[str], message: str) -> None:
 # ----------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(
-    "session_id", ["", "a" * 31, "a" * 33, "A" * 32, "ä" * 32, "a" * 32 + "\n"]
-)
+@pytest.mark.parametrize("session_id", ["", "a" * 31, "a" * 33, "A" * 32, "ä" * 32, "a" * 32 + "\n"])
 def test_session_ids_have_a_form(session_id: str) -> None:
     with pytest.raises(InvalidArgument, match="session id"):
         driver().start("i", [1], session_id)
@@ -237,7 +232,7 @@ def test_keys_are_int64_and_not_too_many(monkeypatch: pytest.MonkeyPatch) -> Non
     d = driver()
     request = StartWrite("", "i", np.array([1], np.int32), sid(1), 0)
     with pytest.raises(InvalidArgument, match="int64"):
-        d.handle(StartWriteEvent(request, np.zeros(1, np.bool_), 0, 0))
+        d.handle(StartWriteEvent(request, np.zeros(1, np.bool_), BlockLocations.empty(1), 0, 0))
     monkeypatch.setattr(limits, "KEYS_PER_CALL_MAX", 2)
     with pytest.raises(InvalidArgument, match="more than 2"):
         d.start("i", [1, 2, 3], sid(1))
@@ -247,14 +242,10 @@ def test_unknown_instances() -> None:
     d = driver()
     calls: list[Any] = [
         lambda: (
-            d.state.handle(
-                StartWriteEvent(
-                    StartWrite("", "x", np.array([1]), sid(1), 0), np.array([False]), 0, 0
-                )
-            ).reply
+            d.state.handle(StartWriteEvent(StartWrite("", "x", np.array([1]), sid(1), 0), *MISS, 0, 0)).reply
         ),
         lambda: d.state.handle(DeletesConfirmed("x", (1,), 0)).reply,
-        lambda: d.state.handle(TouchEvent("x", np.array([1]), 1, 0)).reply,
+        lambda: d.state.handle(TouchEvent("x", np.array([1]), 1, *MISS, 0)).reply,
     ]
     assert [type(call()) for call in calls] == [InstanceNotFound] * 3
     with pytest.raises(InstanceNotFound):
@@ -277,6 +268,12 @@ def test_the_quota_counts_reserved_used_and_pending() -> None:
         "reserved": BLOCK,
         "pending_delete": BLOCK,
         "asked": 2 * BLOCK,
+        "asked_bytes": 2 * BLOCK,
+        "asked_blocks": 2,
+        "pinned": 0,
+        "leased": 0,
+        "reclaimable": 2 * BLOCK,
+        "may_wait": True,
     }
     d.collect()
     d.start("j", [8, 9], sid(2))
@@ -589,6 +586,7 @@ def test_empty_segments_are_dropped_but_the_newest() -> None:
         "segments": 1,
         "slots": 4,
         "free_slots": 4,
+        "retiring": False,
     }
     assert rows(d.start("i", range(5), sid(9)).locations)[4][0] == 4, "ids are not reused"
 
@@ -604,9 +602,7 @@ def test_segment_sizes(blocks: int, needed: int, slots: int) -> None:
 
 def test_large_blocks_get_a_segment_each() -> None:
     info = replace(INFO, location_spec_infos=(LocationSpecInfo("a", limits.SEGMENT_BYTES_TARGET),))
-    d = GroupDriver(
-        InstanceGroup("g", ("nfs",), quota=InstanceGroupQuota(1 << 40)), STORAGES, [info]
-    )
+    d = GroupDriver(InstanceGroup("g", ("nfs",), quota=InstanceGroupQuota(1 << 40)), STORAGES, [info])
     reply = d.start("i", [1, 2], sid(1))
     assert [s.slots for s in reply.segments.values()] == [1, 1]
 
@@ -628,7 +624,7 @@ def test_meta() -> None:
 
 def test_touches_are_counted() -> None:
     d = driver()
-    d.handle(TouchEvent("i", np.array([1, 2]), 5, d.now_ms))
+    d.touch("i", [1, 2], lookups=5)
     usage = d.state.usage()
     assert (usage["hit_blocks"], usage["lookup_blocks"]) == (2, 5)
 
@@ -668,9 +664,9 @@ def test_contradicting_records_are_refused_and_change_nothing() -> None:
     for damage in ("double", "range", "segment"):
         recovered = d.index.recover("i")
         if damage == "double":
-            recovered.used.slot[:] = 0
+            recovered.blocks.locations.slot[:] = 0
         elif damage == "range":
-            recovered.used.slot[0] = 10**6
+            recovered.blocks.locations.slot[0] = 10**6
         else:
             recovered.segments = []
         with pytest.raises(Corrupt):
@@ -691,6 +687,6 @@ def test_a_recovered_session_id_in_use_elsewhere_is_refused() -> None:
 
 def test_refusals_are_values() -> None:
     state = GroupState(group_of(), STORAGES)
-    outcome = state.handle(TouchEvent("i", np.array([1]), 1, 0))
+    outcome = state.handle(TouchEvent("i", np.array([1]), 1, *MISS, 0))
     assert isinstance(outcome.reply, KvcmError)
     assert outcome.effects == []

@@ -48,7 +48,7 @@ from kvcm_ray.errors import (
     QuotaExceeded,
     SessionNotFound,
 )
-from kvcm_ray.testing.memory_index import GroupDriver
+from kvcm_ray.testing.group_driver import GroupDriver
 
 SIZES = {"": 10, "a": 6, "b": 4}  #: bytes of a block by spec group
 KINDS = {"shm": "ST_TAIRMEMPOOL", "nfs": "ST_NFS"}  #: candidates in order
@@ -203,9 +203,7 @@ class GroupMachine(RuleBasedStateMachine):
         assert all(len(found) == 1 for found in by_key.values()), "one slot for equal keys"
         if new:
             deadline = self.driver.now_ms + timeout_ms
-            self.model.sessions[session_id] = ModelSession(
-                instance_id, new, sizes, expected, deadline
-            )
+            self.model.sessions[session_id] = ModelSession(instance_id, new, sizes, expected, deadline)
             assert call().locations.slot.tolist() == reply.locations.slot.tolist()
             total = sum(n for _, n in self.model.held())
             assert total <= self.model.total, "an accepted write exceeds the quota"
@@ -310,9 +308,7 @@ class GroupMachine(RuleBasedStateMachine):
     @rule(enabled=st.sets(st.sampled_from(list(KINDS))), total=st.integers(0, 200))
     def configure(self, enabled: set[str], total: int) -> None:
         self.model.enabled, self.model.total = enabled, total
-        storages = {
-            name: replace(config, is_available=name in enabled) for name, config in STORAGES.items()
-        }
+        storages = {name: replace(config, is_available=name in enabled) for name, config in STORAGES.items()}
         self.driver.configure(self.group(), storages)
 
     @invariant()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
+from kvcm_ray.core.blocks import Ids
 from kvcm_ray.core.invariants import check
 from kvcm_ray.core.mask import BlockMask
 from kvcm_ray.core.model import (
@@ -17,7 +19,8 @@ from kvcm_ray.core.model import (
     StorageConfig,
     StorageType,
 )
-from kvcm_ray.testing.memory_index import GroupDriver
+from kvcm_ray.testing.group_driver import GroupDriver
+from kvcm_ray.testing.small_groups import BLOCK, two_tiers
 
 NFS = StorageType.ST_NFS
 
@@ -43,7 +46,7 @@ def busy_driver() -> tuple[GroupDriver, list[str]]:
 
 
 def wrong(d: GroupDriver) -> str:
-    return "\n".join(check(d.state, d.index.served()))
+    return "\n".join(check(d.state, d.index.held()))
 
 
 def test_replaying_gives_the_same_effects() -> None:
@@ -131,5 +134,123 @@ def orphans(d: GroupDriver) -> None:
 )
 def test_damage_is_found(damage: Callable[[GroupDriver], None], sentence: str) -> None:
     d, _ = busy_driver()
+    damage(d)
+    assert sentence in wrong(d)
+
+
+# ------------------------------------------------------------------------- of blocks and what holds them
+
+
+def tiered_driver() -> GroupDriver:
+    """Blocks in two tiers, some with a copy, one pinned, some being moved."""
+    d = two_tiers(40, shm=10, high=0.8, low=0.5)
+    for key in range(9):
+        d.write("i", [key])
+    d.settle()
+    d.touch("i", [0, 1])
+    d.settle()
+    d.pin("i", "p", [8])
+    for key in (20, 21):
+        d.write("i", [key])
+    d.reclaim()
+    assert d.index.instances["i"].copies
+    assert d.state.ledger.moves.by_id
+    return d
+
+
+def ids(d: GroupDriver, key: int) -> Ids:
+    table = d.state.ledger.table
+    return np.flatnonzero((table.keys == key) & (table.instance >= 0))
+
+
+def elsewhere(d: GroupDriver) -> None:
+    d.state.ledger.table.places.slot[ids(d, 8)] += 1
+
+
+def unmapped(d: GroupDriver) -> None:
+    (at, *_) = d.state.ledger.table._at.values()
+    at[np.flatnonzero(at >= 0)[0]] = -1
+
+
+def mapped_twice(d: GroupDriver) -> None:
+    at = next(at for at in d.state.ledger.table._at.values() if (at < 0).any())
+    at[np.flatnonzero(at < 0)[0]] = 3
+
+
+def other_type(d: GroupDriver) -> None:
+    d.state.ledger.table.kind[ids(d, 8)] = NFS
+
+
+def other_size(d: GroupDriver) -> None:
+    d.state.ledger.table.nbytes[ids(d, 8)] += 1
+
+
+def forgotten_copy(d: GroupDriver) -> None:
+    key = next(iter(d.index.instances["i"].copies))
+    d.state.ledger.table.copied[ids(d, key)] = False
+
+
+def unqueued_copy(d: GroupDriver) -> None:
+    d.state.ledger.copies[NFS].popitem()
+
+
+def lost_pin(d: GroupDriver) -> None:
+    d.index.instances["i"].pins.clear()
+
+
+def unmarked_pin(d: GroupDriver) -> None:
+    d.state.ledger.table.pinned[ids(d, 8)] = False
+
+
+def pin_count(d: GroupDriver) -> None:
+    d.state.ledger.instances["i"].pinned[8] += 1
+
+
+def not_held(d: GroupDriver) -> None:
+    d.state.ledger.order.release(ids(d, 8))
+
+
+def wrong_lane(d: GroupDriver) -> None:
+    d.state.ledger.order.move(ids(d, 8), d.state.ledger.instances["i"].lane(NFS))
+
+
+def unmoved(d: GroupDriver) -> None:
+    d.state.ledger.table.moving[:] = False
+
+
+def lost_move(d: GroupDriver) -> None:
+    d.state.ledger.moves.by_id.popitem()
+
+
+def serving_bytes(d: GroupDriver) -> None:
+    d.state.ledger.instances["i"].serving_bytes += BLOCK
+
+
+def test_all_is_well_in_two_tiers() -> None:
+    assert wrong(tiered_driver()) == ""
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (elsewhere, "blocks differ: 8:"),
+        (unmapped, "not found by their places"),
+        (mapped_twice, "are mapped wrongly"),
+        (other_type, "bytes or types of blocks are not those of their slots"),
+        (other_size, "bytes or types of blocks are not those of their slots"),
+        (forgotten_copy, "copies differ"),
+        (unqueued_copy, "queues of copies are"),
+        (lost_pin, "pins are"),
+        (unmarked_pin, "are marked as pinned"),
+        (pin_count, "pinned keys are"),
+        (not_held, "are held [0] times"),
+        (wrong_lane, "other blocks or lanes than the table"),
+        (unmoved, "are marked as moving"),
+        (lost_move, "moves are"),
+        (serving_bytes, "the blocks make"),
+    ],
+)
+def test_damage_of_tables_is_found(damage: Callable[[GroupDriver], None], sentence: str) -> None:
+    d = tiered_driver()
     damage(d)
     assert sentence in wrong(d)

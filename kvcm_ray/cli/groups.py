@@ -1,0 +1,229 @@
+"""``kvcm group``: quotas, storages and reclaiming of teams or model families. By HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from kvcm_ray.cli.output import (
+    BYTES,
+    confirm,
+    done,
+    emit,
+    force_option,
+    human_bytes,
+    json_option,
+    outline,
+    table,
+    yes_option,
+)
+from kvcm_ray.cli.target import Api, Target, open_api, target_options
+from kvcm_ray.cli.values import FRACTION, SECONDS
+from kvcm_ray.core.model import CachePreferStrategy, ReclaimPolicy, StorageType
+from kvcm_ray.errors import GroupNotFound
+
+Json = dict[str, Any]
+
+STRATEGIES = {
+    "order": CachePreferStrategy.CPS_PREFER_3FS,  # no strategy of the protocol names files
+    "memory": CachePreferStrategy.CPS_PREFER_TAIR_MEMPOOL,
+    "memory-only": CachePreferStrategy.CPS_ALWAYS_TAIR_MEMPOOL,
+    "3fs-only": CachePreferStrategy.CPS_ALWAYS_3FS,
+}
+POLICIES = {
+    "lru": ReclaimPolicy.POLICY_LRU,
+    "lfu": ReclaimPolicy.POLICY_LFU,
+    "ttl": ReclaimPolicy.POLICY_TTL,
+    "adaptive": ReclaimPolicy.POLICY_ADAPTIVE,
+}
+#: Option of the command -> field of ``reclaim_strategy``.
+RECLAIM_FIELDS = {
+    "low_water": "low_water_percentage",
+    "ttl": "ttl_seconds",
+    "period": "trigger_period_seconds",
+    "step": "reclaim_step_size",
+    "step_percent": "reclaim_step_percentage",
+    "delete_delay_ms": "delay_before_delete_ms",
+}
+
+
+@click.group()
+def group() -> None:
+    """Instance groups: one quota and one list of storages for a team or a model family."""
+
+
+def find_group(api: Api, name: str) -> Json:
+    for found in api.call("listInstanceGroup")["instance_group"]:
+        if found["name"] == name:
+            return dict(found)
+    raise GroupNotFound(f"no instance group is named {name!r}")
+
+
+@group.command("list")
+@target_options
+@json_option
+def group_list(target: Target, as_json: bool) -> None:
+    """List the groups."""
+    with open_api(target) as api:
+        groups = api.call("listInstanceGroup")["instance_group"]
+    rows = [_row(found) for found in groups]
+    headings = ("group", "quota", "storages", "policy", "marks", "version")
+    emit({"groups": groups}, as_json, table(headings, rows))
+
+
+def _row(found: Json) -> tuple[Any, ...]:
+    strategy = found.get("cache_config", {}).get("reclaim_strategy", {})
+    policy = str(strategy.get("reclaim_policy", "POLICY_UNSPECIFIED")).removeprefix("POLICY_").lower()
+    return (
+        found["name"],
+        human_bytes(int(found.get("quota", {}).get("capacity", 0))),
+        ", ".join(found["storage_candidates"]),
+        policy if policy in POLICIES else "lru",
+        _marks(strategy),
+        int(found["version"]),
+    )
+
+
+def _marks(strategy: Json) -> str:
+    high = float(strategy.get("trigger_strategy", {}).get("used_percentage", 0))
+    low = float(strategy.get("low_water_percentage", 0)) or max(high - 0.05, 0)
+    return f"{high:.0%} to {low:.0%}" if high else "when full"
+
+
+@group.command("show")
+@click.argument("name")
+@target_options
+@json_option
+def group_show(name: str, target: Target, as_json: bool) -> None:
+    """Show one group in full."""
+    with open_api(target) as api:
+        found = find_group(api, name)
+    emit(found, as_json, outline(found))
+
+
+group_options = (
+    click.option("--quota", type=BYTES, help="Bytes over all storages, e.g. 8GiB."),
+    click.option("--file-quota", type=BYTES, help="Bytes on file storages."),
+    click.option("--memory-quota", type=BYTES, help="Bytes on shared memory storages."),
+    click.option("--storage", "storages", multiple=True, help="Storage to use, in order of choice."),
+    click.option("--prefer", type=click.Choice(list(STRATEGIES)), help="Storages to choose from first."),
+    click.option("--policy", type=click.Choice(list(POLICIES)), help="What is evicted first."),
+    click.option("--high-water", type=FRACTION, help="Reclaim from here, e.g. 95%; 0: when full."),
+    click.option("--low-water", type=FRACTION, help="Reclaim down to here; 0: 5 % below."),
+    click.option("--ttl", type=SECONDS, help="Drop what nobody touched for so long; 0: never."),
+    click.option("--period", type=SECONDS, help="Time between looks at the marks."),
+    click.option("--step", type=click.IntRange(min=0), help="Blocks reclaimed in one step."),
+    click.option("--step-percent", type=click.IntRange(0, 100), help="The same in % of all blocks."),
+    click.option("--max-instances", type=click.IntRange(min=0), help="0 is no limit."),
+    click.option("--max-keys", type=click.IntRange(min=0), help="Blocks an instance may hold."),
+    click.option("--delete-delay-ms", type=click.IntRange(min=0), help="Before bytes are erased."),
+)
+
+
+def _with_group_options(function: Any) -> Any:
+    for option in reversed(group_options):
+        function = option(function)
+    return function
+
+
+@group.command("create")
+@click.argument("name")
+@_with_group_options
+@target_options
+@json_option
+def group_create(name: str, target: Target, as_json: bool, **options: Any) -> None:
+    """Make a group, e.g. kvcm group create chat --quota 8GiB --storage shm0 --storage disk0"""
+    if not options["quota"] or not options["storages"]:
+        raise click.UsageError("a new group needs --quota and at least one --storage")
+    body: Json = {
+        "name": name,
+        "storage_candidates": [],
+        "global_quota_group_name": name,
+        "quota": {"capacity": 0, "quota_config": []},
+        "cache_config": {
+            "data_storage_strategy": STRATEGIES["order"].name,
+            "reclaim_strategy": {"storage_unique_name": options["storages"][0]},
+            "meta_indexer_config": {
+                "meta_storage_backend_config": {"storage_type": "local"},
+                "meta_cache_policy_config": {"type": "lru"},
+            },
+        },
+        "version": 1,
+    }
+    _apply(body, options)
+    with open_api(target) as api:
+        api.call("createInstanceGroup", instance_group=body)
+    done(f"group {name} created", as_json, name=name)
+
+
+@group.command("update")
+@click.argument("name")
+@_with_group_options
+@target_options
+@json_option
+def group_update(name: str, target: Target, as_json: bool, **options: Any) -> None:
+    """Change what is given and leave the rest; it acts at once.
+
+    kvcm group update chat --quota 9GiB --policy adaptive --high-water 95% --low-water 90%
+    """
+    if not any(value not in (None, ()) for value in options.values()):
+        raise click.UsageError("nothing to change: give at least one option")
+    with open_api(target) as api:
+        found = find_group(api, name)
+        version = int(found["version"])
+        _apply(found, options)
+        found["version"] = version + 1
+        api.call("updateInstanceGroup", instance_group=found, current_version=version)
+    done(f"group {name} updated to version {version + 1}", as_json, name=name, version=version + 1)
+
+
+@group.command("remove")
+@click.argument("name")
+@force_option
+@yes_option
+@target_options
+@json_option
+def group_remove(name: str, force: bool, yes: bool, target: Target, as_json: bool) -> None:
+    """Remove a group; with --force also its instances and all their blocks."""
+    confirm(f"group {name}", yes)
+    with open_api(target) as api:
+        find_group(api, name)
+        api.call("removeInstanceGroup", name=name, force=force)
+    done(f"group {name} removed", as_json, name=name)
+
+
+def _apply(body: Json, options: Json) -> None:
+    """Write the given options into a group's JSON form."""
+    quota = body.setdefault("quota", {"capacity": 0, "quota_config": []})
+    config = body.setdefault("cache_config", {})
+    if options["quota"] is not None:
+        quota["capacity"] = options["quota"]
+    for option, kind in (
+        ("file_quota", StorageType.ST_NFS),
+        ("memory_quota", StorageType.ST_TAIRMEMPOOL),
+    ):
+        if options[option] is not None:
+            others = [q for q in quota.get("quota_config", []) if q["storage_type"] != kind.name]
+            entry = {"storage_type": kind.name, "capacity": options[option]}
+            quota["quota_config"] = [*others, entry]
+    if options["storages"]:
+        body["storage_candidates"] = list(options["storages"])
+    if options["prefer"]:
+        config["data_storage_strategy"] = STRATEGIES[options["prefer"]].name
+    if options["max_instances"] is not None:
+        body["max_instance_count"] = options["max_instances"]
+    if options["max_keys"] is not None:
+        config.setdefault("meta_indexer_config", {})["max_key_count"] = options["max_keys"]
+    _apply_reclaim(config, options)
+
+
+def _apply_reclaim(config: Json, options: Json) -> None:
+    given = {field: options[name] for name, field in RECLAIM_FIELDS.items() if options[name] is not None}
+    if options["policy"]:
+        given["reclaim_policy"] = POLICIES[options["policy"]].name
+    if given:
+        config.setdefault("reclaim_strategy", {}).update(given)
+    if options["high_water"] is not None:
+        strategy = config.setdefault("reclaim_strategy", {})
+        strategy.setdefault("trigger_strategy", {})["used_percentage"] = options["high_water"]
