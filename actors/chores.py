@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 from kvcm_ray.actors.engine import GroupEngine, Moved
 from kvcm_ray.actors.facts import Now
+from kvcm_ray.core.events import Copied
 from kvcm_ray.core.model import ReclaimerSettings
 from kvcm_ray.core.records import SessionRecord
-from kvcm_ray.core.requests import Flags
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ FAILED_PAUSE_MS = 100  #: before trying again what a commit failed for, on a ful
 
 #: (ids that are erased, what went wrong with the others or "")
 ErasureDone = Callable[[list[int], str], None]
-#: (which blocks were copied, None if that is not known; then what went wrong or "")
-MoveDone = Callable[[Flags | None, str], None]
+#: (what became of each block, None if that is not known; then what went wrong or "")
+MoveDone = Callable[[Copied | None, str], None]
 
 
 class Pool(Protocol):
@@ -64,7 +64,7 @@ class _Erased:
 class _Copied:
     session: SessionRecord
     uid: str
-    copied: Flags | None
+    copied: Copied | None
     problem: str
     attempt: int
 
@@ -175,7 +175,7 @@ class Chores:
         uid = self._engine.uid(session.instance_id)
         self._flying.moves += 1
 
-        def done(copied: Flags | None, problem: str) -> None:
+        def done(copied: Copied | None, problem: str) -> None:
             self._report(_Copied(session, uid, copied, problem, attempt))
 
         size = self._settings.reclaimers

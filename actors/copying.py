@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcm_ray.actors.throttle import Throttle
+from kvcm_ray.core.events import COPIED, NOT_COPIED, UNREADABLE, Copied
 from kvcm_ray.core.model import Segment
 from kvcm_ray.core.records import SessionRecord
 from kvcm_ray.core.requests import BlockLocations, Flags
-from kvcm_ray.errors import KvcmError
+from kvcm_ray.errors import KvcmError, NoStorageAvailable
 from kvcm_ray.index import IndexReader
 from kvcm_ray.storage_adapters import StorageAdapter
 
@@ -54,13 +55,14 @@ class Copier:
         self._throttle = throttle
         self._buffer = np.empty(PIECE_BYTES, np.uint8)
 
-    def copy(self, reader: IndexReader, session: SessionRecord) -> Flags:
-        """True for each block whose bytes, verified, are at its new place.
+    def copy(self, reader: IndexReader, session: SessionRecord) -> Copied:
+        """COPIED for each block whose bytes, verified, are at its new place, UNREADABLE for those whose
+        bytes are not there.
 
-        False for blocks that cannot be read or written, that were removed meanwhile, and for all that
-        are left when the session ends, its lease is over or the pool is paused.
+        NOT_COPIED for blocks that cannot be written, that were removed meanwhile, and for all that are
+        left when the session ends, its lease is over or the pool is paused.
         """
-        copied = np.zeros(len(session.keys), np.bool_)
+        copied = np.full(len(session.keys), NOT_COPIED, np.uint8)
         if len(session.source) != len(session.keys):
             return copied  # a client's session: nothing of ours
         segments = reader.segments()
@@ -70,7 +72,8 @@ class Copier:
             if not self._throttle.admit(nbytes, until) or not _is_open(reader, session):
                 break
             try:
-                copied[piece.index] = self._copy(session, piece)
+                done = self._copy(session, piece)
+                copied[piece.index] = np.where(done, COPIED, UNREADABLE)
             except KvcmError as error:
                 log.warning("move %s to %s: %s", session.session_id, piece.target.path, error)
         return copied
@@ -79,7 +82,7 @@ class Copier:
         source, target = self._adapter(piece.source.storage), self._adapter(piece.target.storage)
         done = np.ones(len(piece.index), np.bool_)
         if source is None or target is None:
-            return ~done
+            raise NoStorageAvailable(f"{piece.source.storage} or {piece.target.storage} is not registered")
         keys = session.keys[piece.index]
         old, new = session.source.take(piece.index), session.locations.take(piece.index)
         for spec in piece.target.specs:

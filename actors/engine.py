@@ -25,12 +25,12 @@ from kvcm_ray.actors.opening import open_instance_index
 from kvcm_ray.actors.paths import index_dir
 from kvcm_ray.actors.perform import Transaction
 from kvcm_ray.actors.sweep import drop_segments_of
-from kvcm_ray.core.events import DeletesConfirmed, Event, ReclaimEvent, Tick, Want
+from kvcm_ray.core.events import Copied, DeletesConfirmed, Event, ReclaimEvent, Tick, Want
 from kvcm_ray.core.group import GroupState
 from kvcm_ray.core.model import InstanceGroup, InstanceInfo, Segment, StorageConfig
 from kvcm_ray.core.reclaim import want_of
 from kvcm_ray.core.records import SessionRecord, TrashRecord
-from kvcm_ray.core.requests import Flags, Reply, Request, StartWrite
+from kvcm_ray.core.requests import Reply, Request, StartWrite
 from kvcm_ray.errors import Fenced, InstanceNotFound, InvalidArgument, KvcmError, NoStorageAvailable
 from kvcm_ray.index import IndexWriter
 from kvcm_ray.storage_adapters import SegmentOwner, StorageAdapter, open_storage
@@ -50,7 +50,7 @@ class Moved:
 
     instance_id: str
     session_id: str
-    copied: Flags | None
+    copied: Copied | None
 
 
 class GroupEngine:
@@ -289,7 +289,7 @@ class GroupEngine:
         return self.settle({instance_id: trash_ids}, (), now)
 
     def moved(
-        self, instance_id: str, session_id: str, copied: Flags | None, now: Now | None = None
+        self, instance_id: str, session_id: str, copied: Copied | None, now: Now | None = None
     ) -> KvcmError | None:
         """A copying session has ended; see `settle`."""
         return self.settle({}, [Moved(instance_id, session_id, copied)], now)

@@ -12,6 +12,8 @@ import numpy as np
 
 from kvcm_ray.actors.perform import Transaction
 from kvcm_ray.core.events import (
+    NOT_COPIED,
+    Copied,
     Event,
     FinishWriteEvent,
     GetMetaEvent,
@@ -27,7 +29,6 @@ from kvcm_ray.core.group import GroupState
 from kvcm_ray.core.requests import (
     BlockLocations,
     FinishWrite,
-    Flags,
     GetMeta,
     LeaseBlocks,
     PinBlocks,
@@ -65,13 +66,13 @@ class Facts:
         """The event that `request` makes, of an instance that is open."""
         return _EVENTS[type(request)](self, request)
 
-    def moved(self, instance_id: str, session_id: str, copied: Flags | None) -> MovedEvent | None:
+    def moved(self, instance_id: str, session_id: str, copied: Copied | None) -> MovedEvent | None:
         """None if that session is gone. `copied` None: nothing was copied."""
         keys = self.state.session_keys(instance_id, session_id)
         if keys is None:
             return None
         if copied is None:
-            copied = np.zeros(len(keys), np.bool_)
+            copied = np.full(len(keys), NOT_COPIED, np.uint8)
         hits, found = self.txn.index(instance_id).lookup(keys)
         return MovedEvent(instance_id, session_id, copied, hits, found, self.now.ms)
 

@@ -23,6 +23,7 @@ import numpy as np
 from kvcm_ray.actors.copying import Copier, Index
 from kvcm_ray.actors.throttle import Throttle
 from kvcm_ray.actors.view import RegistryView
+from kvcm_ray.core.events import Copied
 from kvcm_ray.core.model import Segment, StorageConfig
 from kvcm_ray.core.requests import BlockLocations, Flags
 from kvcm_ray.errors import KvcmError, NotFound
@@ -69,10 +70,10 @@ class ReclaimerBody:
             begin = end
         return sorted(wanted), problem
 
-    def move(self, index_path: str, session_ids: Sequence[str]) -> dict[str, Flags]:
+    def move(self, index_path: str, session_ids: Sequence[str]) -> dict[str, Copied]:
         """Copy the blocks of these sessions.
 
-        Returns which blocks are at their new place, verified, for each session that there is.
+        Returns what became of each block, for each session that there is.
         """
         reader = self._reader(index_path)
         if reader is None:
@@ -163,7 +164,7 @@ class Reclaimer:
         """See `ReclaimerBody.erase`."""
         return self._body.erase(index_path, trash_ids)
 
-    def move(self, index_path: str, session_ids: Sequence[str]) -> dict[str, Flags]:
+    def move(self, index_path: str, session_ids: Sequence[str]) -> dict[str, Copied]:
         """See `ReclaimerBody.move`."""
         return self._body.move(index_path, session_ids)
 

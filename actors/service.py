@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 INBOX_REQUESTS_MAX = 65_536
 BATCH_REQUESTS_MAX = 1_024
+RETRY_WAITING_MS = 500  #: room may also appear by itself: a storage that failed is asked again
 
 Answers = list[Reply | KvcmError]
 
@@ -89,6 +90,7 @@ class GroupService:
         self._queued_lock = threading.Lock()
         self._expire_after_ms = 0
         self._reclaim_after_ms = 0
+        self._retry_waiting_ms = 0  #: waiting writes are tried again by then
         self._freed = True  #: there may be more room than when waiting writes were tried
         self._stirred = True  #: since a reclaim step found nothing to do
         self._waiting = WaitingWrites()
@@ -126,8 +128,14 @@ class GroupService:
         writes wait already. Cancelling it gives up.
         """
         wait = _Wait(request, Now.read().ms + wait_ms, Future[Reply | KvcmError]())
+        wait.future.add_done_callback(self._wake_if_given_up)
         self._inbox.put(wait)
         return wait.future
+
+    def _wake_if_given_up(self, future: Future[Reply | KvcmError]) -> None:
+        """Those behind it need not wait for it any more."""
+        if future.cancelled():
+            self._inbox.put(_Wake())
 
     def refresh(self) -> Future[None]:
         """Read the registry again."""
@@ -218,8 +226,8 @@ class GroupService:
         times = [self._chores.next_ms(), self._reclaim_ms(now_ms), self._waiting.next_ms()]
         if (session_ms := self.engine.state.next_session_ms()) is not None:
             times.append(max(session_ms, self._expire_after_ms))
-        if self._waiting and self._freed:
-            times.append(now_ms)
+        if self._waiting:
+            times.append(now_ms if self._freed else self._retry_waiting_ms)
         due = min((t for t in times if t is not None), default=None)
         return None if due is None else max(due - now_ms, 0) / 1000
 
@@ -279,9 +287,13 @@ class GroupService:
     def _retry_waiting(self) -> None:
         if not self._waiting:
             return
-        anew, self._freed = self._freed, False
+        now_ms = Now.read().ms
+        anew, self._freed = self._freed or now_ms >= self._retry_waiting_ms, False
+        if anew:
+            self._retry_waiting_ms = now_ms + RETRY_WAITING_MS
         self._waiting.retry(self._submit_waiting, anew=anew)
-        self._waiting.expire(Now.read().ms)
+        if self._waiting.expire(now_ms):
+            self._waiting.retry(self._submit_waiting, anew=False)
 
     def _submit_waiting(
         self, waiting: Sequence[tuple[StartWrite, Want]], ahead_bytes: int

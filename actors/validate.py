@@ -160,7 +160,7 @@ def _check_reclaim(prefix: str, strategy: CacheReclaimStrategy) -> None:
     if low > (high or 1.0):
         raise InvalidArgument(
             f"{prefix}low_water_percentage {low:g} is above the mark that starts reclaiming, "
-            f"used_percentage {high or 1.0:g}"
+            f"used_percentage {high or 1.0:g}; lower it too, or set it to 0 for 0.05 below that one"
         )
 
 

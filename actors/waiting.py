@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
+from itertools import takewhile
 
 from kvcm_ray.core.events import Want
 from kvcm_ray.core.reclaim import want_of
@@ -94,14 +95,15 @@ class WaitingWrites:
             kept += [w for w, answer in zip(writes, answers, strict=True) if _stays(w, answer)]
         self._writes, self._tried = kept, len(kept)
 
-    def expire(self, now_ms: int) -> None:
-        """Answer those whose time is over with their last refusal."""
+    def expire(self, now_ms: int) -> bool:
+        """Answer those whose time is over with their last refusal; True if there were any."""
         late = [write for write in self._writes if write.deadline_ms <= now_ms]
         if not late:
-            return
+            return False
         self._keep(lambda write: write.deadline_ms > now_ms)
         for write in late:
             write.answer(write.refusal or Unavailable("there was no time to make room"))
+        return True
 
     def answer_all(self, answer: KvcmError) -> None:
         """Nobody will try them again."""
@@ -113,7 +115,9 @@ class WaitingWrites:
         self._keep(lambda write: not write.future.cancelled())
 
     def _keep(self, good: Callable[[Waiting], bool]) -> None:
-        self._tried = sum(map(good, self._writes[: self._tried]))
+        """Those behind one that goes are to be tried again: it is no longer before them."""
+        front = sum(1 for _ in takewhile(good, self._writes))
+        self._tried = min(self._tried, front)
         self._writes = [write for write in self._writes if good(write)]
 
 

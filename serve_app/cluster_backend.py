@@ -10,11 +10,12 @@ from typing import Any
 from kvcm_ray.actors.handles import GroupHandle, RegistryHandle
 from kvcm_ray.actors.view import RegistryView
 from kvcm_ray.core.model import InstanceInfo
-from kvcm_ray.core.requests import Reply, Request, Touch
+from kvcm_ray.core.requests import Reply, Request, StartWrite, Touch
 from kvcm_ray.errors import GroupNotFound, InstanceNotFound, KvcmError
 from kvcm_ray.serve_app.backend import Backend
 
 CALL_TIMEOUT_S = 15.0
+START_LEAST_S = 2.0
 REGISTRY_TIMEOUT_S = 60.0  #: registering may make an index, removing erases one
 HEALTH_TIMEOUT_S = 2.0
 
@@ -29,7 +30,7 @@ class ClusterBackend(Backend):
 
     async def call(self, info: InstanceInfo, request: Request) -> Reply:
         try:
-            return await self._group(info.instance_group_name).call(request, CALL_TIMEOUT_S)
+            return await self._group(info.instance_group_name).call(request, _patience_s(request))
         except GroupNotFound as error:
             raise InstanceNotFound(f"instance {info.instance_id!r}: {error.message}") from error
 
@@ -57,6 +58,14 @@ class ClusterBackend(Backend):
         if handle is None:
             handle = self._groups[name] = GroupHandle(name)
         return handle
+
+
+def _patience_s(request: Request) -> float:
+    """A start may wait for room: for half of the time that its caller wants to write in, because
+    that is how long ours wait for the answer, and what nobody waits for must not get room."""
+    if not isinstance(request, StartWrite) or request.timeout_ms <= 0:
+        return CALL_TIMEOUT_S
+    return min(CALL_TIMEOUT_S, max(START_LEAST_S, request.timeout_ms / 2_000))
 
 
 async def _state(check: Any) -> str:

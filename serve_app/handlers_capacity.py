@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from secrets import token_hex
 from typing import Any
 
@@ -33,6 +34,7 @@ async def pin_cache(call: Call) -> dict[str, Any]:
     request: m.PinCacheRequest = call.request
     require("PinCache", request, "name")
     require_blocks("PinCache", request)
+    _require_future(request.until_s)
     keys = await keys_of(call.instance, request)
     if not len(keys):
         size = call.instance.block_size
@@ -45,6 +47,15 @@ async def unpin_cache(call: Call) -> dict[str, Any]:
     require("UnpinCache", call.request, "name")
     event = UnpinBlocks(token_hex(16), call.instance.instance_id, call.request.name)
     return _pinned(await call.backend.call(call.instance, event))
+
+
+def _require_future(until_s: int) -> None:
+    """A number of seconds from now, or a date long gone, would be a pin that ends before it began."""
+    if until_s and until_s <= time.time():
+        raise InvalidArgument(
+            f"until_s {until_s} is not in the future; it is the unix time at which the pin ends, "
+            f"{int(time.time()) + 3600} for one hour; 0 for no end"
+        )
 
 
 def _pinned(reply: Any) -> dict[str, Any]:

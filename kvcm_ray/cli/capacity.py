@@ -17,8 +17,8 @@ Json = dict[str, Any]
 
 _KINDS = {"ST_TAIRMEMPOOL": "memory", "ST_NFS": "files", "ST_3FS": "3fs"}
 _HEADINGS = (
-    "tier", "quota", "used", "reserved", "deleting", "reclaimable", "pinned", "leased", "blocks", "coldest",
-    "filling", "full in",
+    "tier", "quota", "used", "reserved", "deleting", "reclaimable", "pinned", "leased", "blocks", "copies",
+    "coldest", "filling", "full in",
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------ capacity
@@ -39,7 +39,8 @@ def capacity(group: str | None, target: Target, as_json: bool) -> None:
 def _report_lines(found: Json) -> list[str]:
     lines = [f"group {found['group']}  policy {found['policy']}  reclaims {_marks(found)}", ""]
     rows = [_tier_row(_tier_name(tier), tier) for tier in found["tiers"]]
-    lines += table(_HEADINGS, [*rows, _tier_row("total", found)])
+    total = {**found, "copies": sum(tier["copies"] for tier in found["tiers"])}
+    lines += table(_HEADINGS, [*rows, _tier_row("total", total)])
     for title, more in (
         ("instances", _instance_rows(found["instances"])),
         ("pins", _pin_rows(found["pins"])),
@@ -59,7 +60,7 @@ def _marks(found: Json) -> str:
 
 def _tier_name(tier: Json) -> str:
     kind = _KINDS.get(tier["storage_type"], tier["storage_type"])
-    return f"{kind} ({', '.join(tier['storages'])})"
+    return f"{kind} ({', '.join(tier['storages']) or 'no storage of the group'})"
 
 
 def _tier_row(name: str, of: Json) -> tuple[Any, ...]:
@@ -71,9 +72,10 @@ def _tier_row(name: str, of: Json) -> tuple[Any, ...]:
             for what in ("used", "reserved", "pending_delete", "reclaimable", "pinned", "leased")
         ),
         of["blocks"],
+        of["copies"],
         human_seconds(of["coldest_age_s"]) if "coldest_age_s" in of else "",
         f"{human_bytes(of['fill_bytes_per_s'])}/s",
-        _full_in(of["seconds_to_full"]),
+        "full" if 0 < (of["quota_bytes"] or 0) <= of["used_bytes"] else _full_in(of["seconds_to_full"]),
     )
 
 
@@ -104,7 +106,7 @@ def _pin_rows(pins: Sequence[Json]) -> list[tuple[Any, ...]]:
 
 def _until(until_s: int) -> str:
     if not until_s:
-        return "unpinned"
+        return "no end"
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(until_s))
 
 
@@ -150,6 +152,10 @@ def pin_add(
 
     kvcm pin add m system-prompt --tokens prompt.json
     """
+    if seconds == 0:
+        raise click.BadParameter(
+            "a pin of no time; leave it out for a pin without an end", param_hint="--for"
+        )
     until_s = int(time.time()) + seconds if seconds else 0
     blocks = keys_of(keys, tokens)
     with open_api(target) as api:

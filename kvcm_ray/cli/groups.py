@@ -86,9 +86,11 @@ def _row(found: Json) -> tuple[Any, ...]:
 
 
 def _marks(strategy: Json) -> str:
-    high = float(strategy.get("trigger_strategy", {}).get("used_percentage", 0))
+    trigger = strategy.get("trigger_strategy", {})
+    high, size = float(trigger.get("used_percentage", 0)), int(trigger.get("used_size", 0))
     low = float(strategy.get("low_water_percentage", 0)) or max(high - 0.05, 0)
-    return f"{high:.0%} to {low:.0%}" if high else "when full"
+    marks = f"{high:.0%} to {low:.0%}" if high else "when full"
+    return f"{marks}, or {human_bytes(size)}" if size else marks
 
 
 @group.command("show")
@@ -106,18 +108,26 @@ group_options = (
     click.option("--quota", type=BYTES, help="Bytes over all storages, e.g. 8GiB."),
     click.option("--file-quota", type=BYTES, help="Bytes on file storages."),
     click.option("--memory-quota", type=BYTES, help="Bytes on shared memory storages."),
-    click.option("--storage", "storages", multiple=True, help="Storage to use, in order of choice."),
+    click.option(
+        "--storage",
+        "storages",
+        multiple=True,
+        help="Storage to use, fastest first; repeat for all. Replaces the list.",
+    ),
     click.option("--prefer", type=click.Choice(list(STRATEGIES)), help="Storages to choose from first."),
     click.option("--policy", type=click.Choice(list(POLICIES)), help="What is evicted first."),
     click.option("--high-water", type=FRACTION, help="Reclaim from here, e.g. 95%; 0: when full."),
+    click.option("--high-water-bytes", type=BYTES, help="The same in bytes over all storages; 0: not set."),
     click.option("--low-water", type=FRACTION, help="Reclaim down to here; 0: 5 % below."),
     click.option("--ttl", type=SECONDS, help="Drop what nobody touched for so long; 0: never."),
-    click.option("--period", type=SECONDS, help="Time between looks at the marks."),
-    click.option("--step", type=click.IntRange(min=0), help="Blocks reclaimed in one step."),
-    click.option("--step-percent", type=click.IntRange(0, 100), help="The same in % of all blocks."),
+    click.option("--period", type=SECONDS, help="Time between looks at the marks; 0: always."),
+    click.option("--step", type=click.IntRange(min=0), help="Most blocks in one step; 0: 1024."),
+    click.option(
+        "--step-percent", type=click.IntRange(0, 100), help="The same in % of all blocks; 0: no bound."
+    ),
     click.option("--max-instances", type=click.IntRange(min=0), help="0 is no limit."),
-    click.option("--max-keys", type=click.IntRange(min=0), help="Blocks an instance may hold."),
-    click.option("--delete-delay-ms", type=click.IntRange(min=0), help="Before bytes are erased."),
+    click.option("--max-keys", type=click.IntRange(min=0), help="Blocks an instance may hold; 0: no limit."),
+    click.option("--delete-delay-ms", type=click.IntRange(min=0), help="Between evicting and erasing."),
 )
 
 
@@ -224,6 +234,7 @@ def _apply_reclaim(config: Json, options: Json) -> None:
         given["reclaim_policy"] = POLICIES[options["policy"]].name
     if given:
         config.setdefault("reclaim_strategy", {}).update(given)
-    if options["high_water"] is not None:
-        strategy = config.setdefault("reclaim_strategy", {})
-        strategy.setdefault("trigger_strategy", {})["used_percentage"] = options["high_water"]
+    for name, field in (("high_water", "used_percentage"), ("high_water_bytes", "used_size")):
+        if options[name] is not None:
+            strategy = config.setdefault("reclaim_strategy", {})
+            strategy.setdefault("trigger_strategy", {})[field] = options[name]

@@ -111,19 +111,17 @@ instance.add_command(instance_show, "get")
 @click.option("--dtype", default="bytes", show_default=True)
 @click.option("--model-version", default="", help="Names the weights, if others come later.")
 @click.option("--supersedes", default="", help="Instance of the group that this one replaces.")
-@click.option(
-    "--handover", type=SECONDS, default=0, help="Time in which that one gives up its share.  [default: 1h]"
-)
+@click.option("--handover", type=SECONDS, default=0, help="Time in which that one gives up its share; 0: 1h.")
 @target_options
 @json_option
 def instance_create(
     name: str, group: str, block_size: int, specs: Sequence[str], model_name: str, dtype: str,
     model_version: str, supersedes: str, handover: int, target: Target, as_json: bool,
 ) -> None:  # fmt: skip
-    """Register an instance, e.g. kvcm instance create m --block-size 16 --spec tp0=64KiB
+    """Register an instance, e.g. kvcm instance register m --block-size 16 --spec tp0=64KiB
 
     A new version of a model, whose blocks take the place of the old one's within an hour:
-    kvcm instance create m2 --supersedes m --model-version v2 --block-size 16 --spec tp0=64KiB
+    kvcm instance register m2 --supersedes m --model-version v2 --block-size 16 --spec tp0=64KiB
     """
     pairs = [spec.partition("=") for spec in specs]
     if not all(spec_name and equals for spec_name, equals, _ in pairs):

@@ -42,6 +42,7 @@ def collect(api: Api) -> Json:
     info = api.call("getManagerClusterInfo")
     return {
         "healthy": bool(health["is_health"]),
+        "reclaiming_paused": any(report["reclaim"]["paused"] for report in capacity.values()),
         "groups": [
             {
                 "name": name,
@@ -91,8 +92,9 @@ def _lines(url: str, found: Json) -> list[str]:
     headings = ("group", "used", "being written", "reclaimable", "full in", "blocks", "hits", "instances")
     storages = [(s["name"], s["kind"], s["path"], s["state"]) for s in found["storages"]]
     state = "healthy" if found["healthy"] else "NOT healthy"
+    paused = "  reclaiming PAUSED, `kvcm reclaimer --resume` goes on" if found["reclaiming_paused"] else ""
     return [
-        f"{url}  {state}",
+        f"{url}  {state}{paused}",
         "",
         *table(headings, rows),
         "",

@@ -22,7 +22,7 @@ from kvcm_ray.cli.output import (
 from kvcm_ray.cli.reports import reports
 from kvcm_ray.cli.target import Api, Target, open_api, target_options
 from kvcm_ray.cli.values import SECONDS
-from kvcm_ray.errors import AlreadyExists, KvcmError, StorageNotFound
+from kvcm_ray.errors import AlreadyExists, InUse, StorageNotFound
 
 Json = dict[str, Any]
 
@@ -109,6 +109,7 @@ def storage_create(name: str, kind: str, path: str, target: Target, as_json: boo
             raise AlreadyExists(f"a storage named {name!r} exists already")
         api.call("addStorage", storage=_storage_body(name, kind, path))
     done(f"storage {name} added", as_json, name=name)
+    note("no group uses it yet: `kvcm group update GROUP --storage ...` names all of a group, in order")
 
 
 @storage.command("update")
@@ -202,7 +203,7 @@ def _wait_until_empty(api: Api, name: str, timeout_s: float | None) -> Json:
     while not (left := _drained(api, name))["empty"]:
         elapsed_s = time.monotonic() - started
         if timeout_s is not None and elapsed_s >= timeout_s:
-            raise KvcmError(
+            raise InUse(
                 f"storage {name} is not empty after {elapsed_s:.0f} s: {_holds(left)}",
                 hint="It goes on draining. `kvcm capacity` shows pins and whether reclaiming is paused.",
                 **left,
@@ -225,5 +226,12 @@ def storage_remove(name: str, force: bool, yes: bool, target: Target, as_json: b
     confirm(f"storage {name}", yes)
     with open_api(target) as api:
         find_storage(api, name)
-        api.call("removeStorage", storage_unique_name=name, force=force)
+        try:
+            api.call("removeStorage", storage_unique_name=name, force=force)
+        except InUse as error:
+            hint = (
+                f"Empty it (`kvcm storage drain {name} --wait`), give its groups a list without it "
+                "(`kvcm group update GROUP --storage ...`), then remove it; --force gives its blocks up."
+            )
+            raise InUse(error.message, hint=hint) from None
     done(f"storage {name} removed", as_json, name=name)

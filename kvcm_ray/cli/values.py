@@ -44,7 +44,10 @@ class Seconds(click.ParamType):  # type: ignore[type-arg]
         found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([smhd]?)", str(value).strip())
         if found is None:
             self.fail(f"{value!r} is not a time; write 90, 90s, 5m, 2h or 1d", param, ctx)
-        return int(float(found[1]) * _SECONDS[found[2]])
+        seconds = float(found[1]) * _SECONDS[found[2]]
+        if seconds != int(seconds):  # cut short it could be 0, and 0 says "never" in many places
+            self.fail(f"{value!r} is not a whole number of seconds", param, ctx)
+        return int(seconds)
 
 
 class Rate(click.ParamType):  # type: ignore[type-arg]

@@ -357,7 +357,7 @@ class AsyncInstance:
         return await self._backend.pin(self.info, what, CALL_TIMEOUT_S)
 
     async def unpin(self, name: str) -> Pinned:
-        """End a pin; one that is not there is no error. Raises as `pin`."""
+        """End a pin. Raises NotFound if there is none of that name, else as `pin`."""
         what = UnpinBlocks(new_id(), self.instance_id, name)
         return await self._backend.pin(self.info, what, CALL_TIMEOUT_S)
 

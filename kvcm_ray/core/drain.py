@@ -67,8 +67,13 @@ def drop_unused_segments(ledger: Ledger, found: Iterable[Leaving]) -> list[Effec
 
 
 def follow_types(ledger: Ledger) -> None:
-    """Storages were registered anew or removed: blocks belong to the tier of their present type."""
+    """Storages were registered anew or removed: blocks and copies belong to the tier of their present
+    type."""
     table = ledger.table
+    queued = [block for queue in ledger.copies.values() for block in queue]
+    ledger.copies.clear()
+    for instance, ids in ledger.by_instance(np.array(queued, np.int64)) if queued else ():
+        ledger.queue_copies(instance, ids)
     for instance in ledger.instances.values():
         for segment_id, segment in instance.segments.segments.items():
             ids = table.in_segment(instance.number, segment_id)

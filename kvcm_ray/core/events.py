@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from kvcm_ray.core.requests import (
     BlockLocations,
     FinishWrite,
@@ -19,6 +22,10 @@ from kvcm_ray.core.requests import (
     StartWrite,
     UnpinBlocks,
 )
+
+#: What became of each block of a move: not copied, copied, or its bytes cannot be read (verified).
+Copied = npt.NDArray[np.uint8] | Flags
+NOT_COPIED, COPIED, UNREADABLE = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +160,7 @@ class MovedEvent:
 
     instance_id: str
     session_id: str
-    copied: Flags  #: one for each key: its bytes, verified, are at their new place
+    copied: Copied  #: one for each key
     hits: Flags
     found: BlockLocations
     now_ms: int

@@ -114,6 +114,7 @@ class GroupState:
         plan = self.ledger.plan
         plan.retry_ms = plan.marks_ms = plan.expiry_ms = plan.shares_ms = None
         plan.falling.clear()
+        plan.unreadable.clear()
         plan.draining = True
 
     def open_instance(
@@ -183,8 +184,8 @@ class GroupState:
             return Outcome(refusal, [])
         if isinstance(event, _MAKE_ROOM):
             self.ledger.plan.retry_ms = None
-        if self.ledger.levels.due(event_ms := getattr(event, "now_ms", 0)):
-            self.ledger.levels.sample(event_ms, held(self.ledger))
+        if self.ledger.growth.due(event_ms := getattr(event, "now_ms", 0)):
+            self.ledger.growth.sample(event_ms, held(self.ledger))
         return outcome
 
     # -------------------------------------------------------------------------------- queries

@@ -46,7 +46,7 @@ def pin(ledger: Ledger, event: PinEvent) -> Outcome:
     instance = ledger.instance(request.instance_id)
     _check(instance, event)
     keys = np.unique(request.keys)
-    record = PinRecord(request.name, request.instance_id, keys, max(request.until_s, 0))
+    record = PinRecord(request.name, request.instance_id, keys, request.until_s)
     before = instance.pins.get(request.name)
     instance.pins[request.name] = record
     instance.pinned.update(keys.tolist())
@@ -69,7 +69,10 @@ def unpin(ledger: Ledger, event: UnpinEvent) -> Outcome:
     instance = ledger.instance(request.instance_id)
     if request.name not in instance.pins:
         known = ", ".join(sorted(instance.pins)[:8]) or "none"
-        raise NotFound(f"instance {request.instance_id!r} has no pin {request.name!r}; it has: {known}")
+        raise NotFound(
+            f"instance {request.instance_id!r} has no pin {request.name!r}; it has: {known}",
+            hint="`kvcm pin list` shows the pins of an instance.",
+        )
     return Outcome(Pinned(0, 0), drop_pin(ledger, instance, request.name))
 
 
@@ -104,6 +107,8 @@ def _check(instance: Instance, event: PinEvent) -> None:
         raise InvalidArgument(
             f"pin {request.name!r} names {len(request.keys)} blocks, not 1..{limits.PINNED_KEYS_MAX}"
         )
+    if request.until_s < 0:
+        raise InvalidArgument(f"until_s {request.until_s} is a unix time in seconds, or 0 for no end")
     if request.name not in instance.pins and len(instance.pins) >= limits.PINS_PER_INSTANCE_MAX:
         raise LimitReached(f"instance {request.instance_id!r} has {len(instance.pins)} pins already")
 

@@ -6,7 +6,6 @@ import numpy as np
 
 from kvcm_ray.core.blocks import Ids
 from kvcm_ray.core.ledger import KINDS, Instance, Ledger, Move
-from kvcm_ray.core.records import SessionKind
 from kvcm_ray.core.session import Session
 
 
@@ -19,11 +18,11 @@ def enlist(ledger: Ledger, session: Session, ids: Ids) -> None:
     present = ids[ids >= 0]
     ledger.table.moving[present] = True
     ledger.order.hold(present)
-    if session.record.kind is SessionKind.MOVE:
-        for kind in np.unique(ledger.table.kind[present]).tolist():
-            nbytes = int(ledger.table.nbytes[present[ledger.table.kind[present] == kind]].sum())
-            move.leaving[KINDS[kind]] = nbytes
-        ledger.moves.leaving.update(move.leaving)
+    # Also when they are promoted: a copy stays below only where there is room.
+    for kind in np.unique(ledger.table.kind[present]).tolist():
+        nbytes = int(ledger.table.nbytes[present[ledger.table.kind[present] == kind]].sum())
+        move.leaving[KINDS[kind]] = nbytes
+    ledger.moves.leaving.update(move.leaving)
 
 
 def release(ledger: Ledger, session: Session) -> None:

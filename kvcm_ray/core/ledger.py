@@ -18,7 +18,7 @@ from kvcm_ray.core.answers import Answers
 from kvcm_ray.core.blocks import I64, BlockTable, Ids
 from kvcm_ray.core.effects import Effect, PutTrash
 from kvcm_ray.core.eviction import EvictionOrder, make_policy
-from kvcm_ray.core.levels import Levels
+from kvcm_ray.core.growth import Growth
 from kvcm_ray.core.marks import policy_of
 from kvcm_ray.core.model import InstanceGroup, InstanceInfo, StorageConfig, StorageType
 from kvcm_ray.core.quota import Account, Quota, quota_type
@@ -96,6 +96,7 @@ class Plan:
     full_until_ms: dict[str, int] = field(default_factory=dict)  #: storages that took no blocks lately
     promotions: dict[int, None] = field(default_factory=dict)  #: blocks hit in a slow tier
     draining: bool = False  #: some storage may still have blocks that are to leave it
+    unreadable: set[int] = field(default_factory=set)  #: blocks that a move could not read
     leased: tuple[int, int] = (-1, 0)  #: (time, bytes) of the last count
 
 
@@ -118,7 +119,7 @@ class Ledger:
         self.copies: dict[StorageType, dict[int, None]] = {}
         self.moves = Moves()
         self.plan = Plan()
-        self.levels = Levels()
+        self.growth = Growth()
         self.counters: Counter[str] = Counter()  #: blocks evicted, demoted... since the start
 
     def instance(self, instance_id: str) -> Instance:
@@ -227,6 +228,8 @@ class Ledger:
         instance.serving_bytes -= int(table.nbytes[ids].sum() + table.nbytes[copied].sum())
         instance.key_count -= len(ids)
         self.forget_copies(copied)
+        if self.plan.unreadable:
+            self.plan.unreadable.difference_update(ids.tolist())
         self.order.remove(ids, table.keys[ids], evicted=evicted)
         table.remove(ids)
         return locations
@@ -237,10 +240,14 @@ class Ledger:
 
     def note_copies(self, instance: Instance, ids: Ids, locations: BlockLocations) -> None:
         """These blocks, which have none, have a copy from now on."""
-        _, kinds = self.facts(instance, locations)
         self.table.copied[ids] = True
         self.table.copies.set(ids, locations)
         instance.serving_bytes += int(self.table.nbytes[ids].sum())
+        self.queue_copies(instance, ids)
+
+    def queue_copies(self, instance: Instance, ids: Ids) -> None:
+        """The copies of these blocks are the youngest of their types."""
+        _, kinds = self.facts(instance, self.table.copies.get(ids))
         for block, kind in zip(ids.tolist(), kinds.tolist(), strict=True):
             self.copies.setdefault(KINDS[kind], {})[block] = None
 

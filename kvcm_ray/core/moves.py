@@ -23,7 +23,7 @@ from kvcm_ray.core.effects import (
     PutCopies,
     PutSession,
 )
-from kvcm_ray.core.events import MovedEvent
+from kvcm_ray.core.events import COPIED, NOT_COPIED, UNREADABLE, MovedEvent
 from kvcm_ray.core.finish import end_session
 from kvcm_ray.core.inflight import enlist, still_there
 from kvcm_ray.core.ledger import KINDS, Instance, Ledger
@@ -83,15 +83,15 @@ def moved(ledger: Ledger, event: MovedEvent) -> Outcome:
     record = session.record
     ids = still_there(ledger, instance, session)
     same = _same(event.found, record.source) & event.hits & (ids >= 0)
-    good = same & event.copied
+    good = same & (event.copied == COPIED)
     due_ms = event.now_ms if good.all() else event.now_ms + LATE_WRITER_MS
     effects = end_session(ledger, instance, session, good, due_ms=due_ms)
     if good.any():
         effects += _arrive(ledger, instance, ids[good], record, good, event.now_ms)
-    failed = int(np.count_nonzero(same & ~event.copied))
-    if failed:
+    ledger.plan.unreadable.update(ids[same & (event.copied == UNREADABLE)].tolist())
+    if failed := int(np.count_nonzero(same & ~good)):
         ledger.counters["failed_moves"] += failed
-    if failed and not good.any():  # else the storage works, and some blocks could not be read
+    if (same & (event.copied == NOT_COPIED)).any() and not good.any():
         ledger.plan.full_until_ms[record.storage] = event.now_ms + FULL_STORAGE_MS
     return Outcome(None, effects)
 

@@ -64,7 +64,7 @@ def choose_storage(
     for `ahead_bytes` of others that wait.
 
     Raises:
-        QuotaExceeded: none has; it names the quota that stopped the first one.
+        QuotaExceeded: none has; it names the largest of the quotas that stopped them.
     """
     refusals = []
     for storage in ranked:
@@ -72,7 +72,7 @@ def choose_storage(
         if refusal is None:
             return storage
         refusals.append(refusal)
-    raise refusals[0]
+    raise max(refusals, key=lambda refusal: int(refusal.details["capacity"]))
 
 
 def _why_none(

@@ -1,6 +1,6 @@
 """How much is to go, and when somebody should look again. Nothing here changes anything.
 
-What waits for deletion, and what is being copied to a slower tier, counts as gone.
+What waits for deletion, and what is being copied to another tier, counts as gone from where it is.
 """
 
 from __future__ import annotations
@@ -61,8 +61,11 @@ def next_reclaim_ms(ledger: Ledger, now_ms: int) -> int | None:
     if plan.paused:
         return None
     times: list[int] = []
-    if plan.draining or plan.promotions or _over_marks(ledger):
-        times.append(max(now_ms if plan.retry_ms is None else plan.retry_ms, marks_due_ms(ledger)))
+    retry_ms = now_ms if plan.retry_ms is None else plan.retry_ms
+    if plan.draining or plan.promotions:
+        times.append(retry_ms)
+    if _over_marks(ledger):
+        times.append(max(retry_ms, marks_due_ms(ledger)))
     if ttl_ms(ledger.group) and len(ledger.table):
         times.append(now_ms if plan.expiry_ms is None else plan.expiry_ms)
     shrinking = any(i.info.retiring_since_s and i.serving_bytes for i in instances)

@@ -72,9 +72,9 @@ class Quota:
         limit = self.capacities.get(kind)
         own, total = self.accounts.get(kind, Account()), self.total()
         if limit is not None and own.held + nbytes + ahead_bytes > limit:
-            return _refused(kind.name, limit, own, nbytes)
+            return _refused(kind.name, limit, own, nbytes, ahead_bytes)
         if total.held + nbytes + ahead_bytes > self.capacity:
-            return _refused("total", self.capacity, total, nbytes)
+            return _refused("total", self.capacity, total, nbytes, ahead_bytes)
         return None
 
     def reserve(self, kind: StorageType, nbytes: int) -> None:
@@ -112,11 +112,13 @@ class Quota:
         self.accounts.clear()
 
 
-def _refused(quota: str, capacity: int, account: Account, asked: int) -> QuotaExceeded:
+def _refused(quota: str, capacity: int, account: Account, asked: int, ahead: int) -> QuotaExceeded:
     message = (
         f"quota {quota} of {capacity} bytes has no room for {asked} more: {account.used} used "
         f"({account.pending} of them wait for deletion), {account.reserved} reserved"
     )
+    if ahead:
+        message += f", {ahead} asked for by writes that waited before"
     return QuotaExceeded(
         message,
         quota=quota,
@@ -125,4 +127,5 @@ def _refused(quota: str, capacity: int, account: Account, asked: int) -> QuotaEx
         reserved=account.reserved,
         pending_delete=account.pending,
         asked=asked,
+        **({"ahead": ahead} if ahead else {}),
     )

@@ -42,6 +42,8 @@ from kvcm_ray.core.requests import Flags
 from kvcm_ray.core.retire import allowed_bytes
 from kvcm_ray.errors import KvcmError, NoStorageAvailable
 
+PIECES = 8  #: a drained storage leaves in so many, where there is no room for all at once
+
 
 def want_of(instance_id: str, error: KvcmError) -> Want | None:
     """What a refused write waits for; None if waiting would not help."""
@@ -164,7 +166,7 @@ class Step:
 
     def last_resort(self) -> None:
         """Writes wait, but what the last tier holds must stay, for blocks above that follow it."""
-        for kind in self.tiers:
+        for kind in self._writable():
             if self.effects or not self.wants or self._fits():
                 return
             self.free(kind, self._asked())
@@ -173,7 +175,7 @@ class Step:
         """Whether what waits will have room once all that is on its way out is gone."""
         if missing(self.ledger, None, self._asked()):
             return False
-        return any(not missing(self.ledger, kind, self._asked()) for kind in self.tiers)
+        return any(not missing(self.ledger, kind, self._asked()) for kind in self._writable())
 
     def marks_due(self) -> bool:
         """Whether it is time to look at the marks; true for the whole step then."""
@@ -188,7 +190,11 @@ class Step:
 
     def _wanted_tier(self) -> StorageType | None:
         """Where room is made for waiting writes: the last tier, whose blocks are the coldest."""
-        return self.tiers[-1] if self.wants and self.tiers else None
+        return self._writable()[-1] if self.wants and self.tiers else None
+
+    def _writable(self) -> list[StorageType]:
+        """Tiers that take what waits: without those that failed lately, unless that leaves none."""
+        return [kind for kind in self.tiers if self._storages([kind])] or self.tiers
 
     def _slowest_first(self) -> list[StorageType]:
         others = [kind for kind in KINDS if kind not in self.tiers]
@@ -208,8 +214,12 @@ class Step:
             return
         ids = self.coldest(self.lanes(kind), nbytes, leaves_only=False)
         ids = self._use_copies(ids)
-        if not len(ids):
+        readable = self._drop_unreadable(ids)
+        if not len(readable):
+            if len(ids) and not self.effects:  # they must stay, and others are behind them
+                self.free(kind, nbytes)
             return
+        ids = readable
         target = self._roomy(below, ids)
         if target is not None:
             self.move(ids, target, SessionKind.MOVE)
@@ -359,19 +369,35 @@ class Step:
         for part in found:
             self._drop_copies(part.copies(ledger)[: max(self.blocks, 0)])
             ids = part.blocks(ledger)
-            ids = ids[~ledger.table.moving[ids]][: max(self.blocks, 0)]
+            ids = self._use_copies(ids[~ledger.table.moving[ids]][: max(self.blocks, 0)])
             if len(ids) and part.storage not in ledger.storages:
                 self.drop(ids, "evicted_blocks")  # nobody can read them any more
             elif len(ids):
                 self._move_away(ids)
 
     def _move_away(self, ids: Ids) -> None:
-        kind = KINDS[self.ledger.table.kind[ids[0]]]
-        target = self._roomy(self.tiers, ids)
-        if target is not None:
-            self.move(ids, target, SessionKind.MOVE)
-        elif not self.tiers or not self._make_room(self.tiers, ids):
-            self.free(kind, int(self.ledger.table.nbytes[ids].sum()))
+        """To a storage of the same type, or to the slowest tier that has room; hits promote them. If
+        there is none, they go piece by piece: what has left is room for the next ones."""
+        ids = self._drop_unreadable(ids)
+        if not len(ids):
+            return
+        own = KINDS[self.ledger.table.kind[ids[0]]]
+        kinds = [k for k in self.tiers if k is own] + [k for k in self.tiers[::-1] if k is not own]
+        piece = ids[: min(max(len(ids) // PIECES, 1), limits.MOVE_BLOCKS_MAX)]
+        for part in (ids, piece):
+            if (target := self._roomy(kinds, part)) is not None:
+                self.move(part, target, SessionKind.MOVE)
+                return
+        waits = self.tiers and not self._storages(kinds)  # for a storage that failed lately
+        if not waits and not self._make_room(kinds, piece):
+            self.drop(self.ledger.order.may_leave(ids, self.now_ms), "evicted_blocks")
+
+    def _drop_unreadable(self, ids: Ids) -> Ids:
+        """Those that cannot be copied leave as they are; the others."""
+        unreadable = self.ledger.plan.unreadable
+        lost = np.fromiter((block in unreadable for block in ids.tolist()), np.bool_, len(ids))
+        self.drop(self.ledger.order.may_leave(ids[lost], self.now_ms), "evicted_blocks")
+        return ids[~lost]
 
     def promote(self) -> None:
         """Copy blocks that were hit in a slow tier to the first one, as far as there is room."""

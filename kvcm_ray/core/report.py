@@ -37,7 +37,7 @@ def explained(
     pinned, leased = _pinned_bytes(ledger), ledger.leased_bytes(now_ms)
     total = ledger.quota.total()
     reclaimable = max(total.used - pinned - leased, 0)
-    may_wait = total.held > pinned  # leases and sessions end, too
+    may_wait = ledger.quota.capacity - pinned >= nbytes  # leases and sessions end, pins need not
     if ledger.plan.paused or not _can_fit(ledger, ranked, nbytes, own):
         reclaimable, may_wait = 0, False
     message = f"{refusal.message}; {pinned} pinned, {leased} leased by readers"
@@ -166,7 +166,7 @@ def _row(
     table, quota = ledger.table, ledger.quota
     pinned = int(table.nbytes[ids[table.pinned[ids]]].sum())
     leased_bytes = int(table.nbytes[leased[~table.pinned[leased]]].sum())
-    rate = ledger.levels.bytes_per_s(now_ms, held(ledger), kind)
+    rate = ledger.growth.bytes_per_s(now_ms, held(ledger), kind)
     limit = quota.capacity if kind is None else quota.capacities.get(kind, quota.capacity)
     room = max(limit - account.held + account.pending, 0)
     return {
@@ -177,7 +177,7 @@ def _row(
         "pinned_bytes": pinned,
         "leased_bytes": leased_bytes,
         "fill_bytes_per_s": round(rate, 1),
-        "seconds_to_full": round(room / rate, 1) if rate > 0 else None,
+        "seconds_to_full": 0.0 if not room else round(room / rate, 1) if rate > 0 else None,
     }
 
 

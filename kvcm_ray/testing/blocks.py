@@ -136,9 +136,7 @@ class Engine:
         good = np.ones(len(keys), np.bool_)
         for spec in segment.specs:
             out = np.zeros((len(keys), spec.size), np.uint8)
-            read = self.adapter(segment.storage).read(
-                segment, spec.name, at.slot, keys, at.generation, out
-            )
+            read = self.adapter(segment.storage).read(segment, spec.name, at.slot, keys, at.generation, out)
             same = (out == payloads(keys, spec.size)).all(axis=1)
             assert same[read].all(), f"wrong bytes of blocks {keys[read & ~same].tolist()}"
             good &= read

@@ -14,11 +14,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvcm_ray.actors.handles import GroupHandle, RegistryHandle
+from kvcm_ray.actors.paths import shm_dir
 from kvcm_ray.actors.registry_body import RegistryBody
 from kvcm_ray.cluster.defaults import default_group, parse_tiers
 from kvcm_ray.core.model import CacheReclaimStrategy, InstanceGroup, TriggerStrategy
@@ -170,9 +171,7 @@ def process_lab(
     finally:
         nursery.kill()  # and its children with it
         nursery.wait()
-        for tier in parsed:
-            if tier.storage.is_shared_memory:
-                shutil.rmtree(tier.storage.root_path, ignore_errors=True)
+        shutil.rmtree(shm_dir(data_dir), ignore_errors=True)
 
 
 class RayLab:
@@ -200,10 +199,10 @@ class RayLab:
         return self._handle.usage_sync(30.0)
 
     def kill_group(self) -> None:
-        _kill_and_wait(int(self.usage()["pid"]))
+        _kill_and_wait(lambda: int(self.usage()["pid"]))
 
     def kill_reclaimer(self, number: int) -> None:
-        _kill_and_wait(self._reclaimer_pid(number))
+        _kill_and_wait(lambda: self._reclaimer_pid(number))
 
     def revive(self) -> None:
         """Ray starts them again; waits for that."""
@@ -232,10 +231,16 @@ class RayLab:
                 time.sleep(0.05)
 
 
-def _kill_and_wait(pid: int) -> None:
+def _kill_and_wait(find: Callable[[], int]) -> None:
     """kill -9 a process that is not a child; waits until it is gone."""
-    os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
+    while True:
+        pid = find()
+        try:
+            os.kill(pid, signal.SIGKILL)
+            break
+        except ProcessLookupError:  # it ended between its answer and this; ask its successor
+            assert time.monotonic() < deadline, f"process {pid} cannot be killed"
     while _is_running(pid):
         assert time.monotonic() < deadline, f"process {pid} does not die"
         time.sleep(0.002)

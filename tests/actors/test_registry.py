@@ -105,6 +105,7 @@ def test_candidates_must_be_registered(registry: RegistryBody) -> None:
     [
         ({"ttl_seconds": -1}, "ttl_seconds"),
         ({"low_water_percentage": 0.9, "trigger_strategy": TriggerStrategy(0, 0.8)}, "used_percentage 0.8"),
+        ({"low_water_percentage": 0.9, "trigger_strategy": TriggerStrategy(0, 0.8)}, "set it to 0"),
         ({"low_water_percentage": 1.5}, "low_water_percentage 1.5"),
         ({"trigger_strategy": TriggerStrategy(0, 80.0)}, "used_percentage 80 is a fraction"),
         ({"trigger_strategy": TriggerStrategy(0, -0.1)}, "used_percentage"),

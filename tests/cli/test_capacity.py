@@ -58,7 +58,15 @@ def test_the_report_as_json_and_for_people(kvcm: Kvcm, manager: Served, chat: st
     every = kvcm("capacity", "--json").json["groups"]
     assert [r["group"] for r in every] == ["chat", "default"]
     text = kvcm("capacity", chat).out
-    for word in ("reclaims when it is full", "memory (memory)", "12.0 KiB of", "total", "full in", "3"):
+    for word in (
+        "reclaims when it is full",
+        "memory (memory)",
+        "12.0 KiB of",
+        "total",
+        "copies",
+        "full in",
+        "3",
+    ):
         assert word.removesuffix(" of") in text
     assert "0 evicted" in text
     unknown = kvcm("capacity", "ghost")
@@ -90,7 +98,10 @@ def test_water_marks_and_policies_change_at_run_time(kvcm: Kvcm, chat: str) -> N
     assert "75% to 50%" in kvcm("group", "list").out
     assert "from 48.0 KiB down to 32.0 KiB" in kvcm("capacity", chat).out
     refused = kvcm("group", "update", chat, "--low-water", "0.8")
-    assert (refused.code, "above the mark" in refused.err) == (1, True)
+    assert (refused.code, "above the mark" in refused.err, "set it to 0" in refused.err) == (1, True, True)
+    assert kvcm("group", "update", chat, "--high-water-bytes", "40KiB").code == 0
+    assert kvcm("capacity", chat, "--json").json["high_bytes"] == 40 << 10
+    assert "75% to 50%, or 40.0 KiB" in kvcm("group", "list").out
     assert kvcm("group", "update", chat, "--high-water", "95").code == 2
     assert kvcm("group", "update", chat, "--policy", "mru").code == 2
     assert kvcm("group", "update", chat, "--quota", "128KiB").code == 0
@@ -112,7 +123,8 @@ def test_pins_from_birth_to_death(kvcm: Kvcm, manager: Served, chat: str, tmp_pa
     pins = kvcm("pin", "list", "--instance", "m", "--json").json["pins"]
     assert [(p["name"], p["keys"]) for p in pins] == [("list", 2), ("two", 3), ("words", 2)]
     assert kvcm("pin", "list", "--instance", "other", "--json").json["pins"] == []
-    assert "8.0 KiB" in kvcm("pin", "list").out
+    shown = kvcm("pin", "list").out
+    assert ("8.0 KiB" in shown, "no end" in shown) == (True, True)
     assert kvcm("pin", "remove", "m", "two").code == 0
     assert "two" not in kvcm("pin", "list").out
 
@@ -124,6 +136,7 @@ def test_pins_that_are_refused(kvcm: Kvcm, chat: str, tmp_path: Path) -> None:
     assert kvcm("pin", "add", "m", "p", "--key", "1", "--tokens", str(bad)).code == 2
     assert kvcm("pin", "add", "m", "p", "--tokens", str(bad)).code == 2
     assert kvcm("pin", "add", "m", "p", "--key", "1", "--for", "soon").code == 2
+    assert kvcm("pin", "add", "m", "p", "--key", "1", "--for", "0s").code == 2, "0 is not: for ever"
     assert kvcm("pin", "add", "nobody", "p", "--key", "1").code == 1
     bad.write_text("1 2")
     short = kvcm("pin", "add", "m", "p", "--tokens", str(bad))
@@ -155,12 +168,25 @@ def test_a_drain_that_cannot_end_says_what_is_left(kvcm: Kvcm, manager: Served, 
     assert kvcm("reclaimer", "--pause").code == 0
     try:
         late = kvcm("storage", "drain", "memory", "--wait", "--timeout", "1s", "--json")
-        assert late.code == 1
+        assert (late.code, late.json["error"]["code"]) == (1, "KVCM-C004")
         assert "3 blocks, 12.0 KiB left" in late.json["error"]["message"]
         assert "storage memory: 3 blocks" in late.err, "progress goes to standard error"
+        assert kvcm("storage", "undrain", "memory").code == 0
+        put(manager, "m", *range(1, 9))  # all that fits
+        memory = kvcm("capacity", chat).out.splitlines()[3]
+        assert memory.endswith("  full"), "there is no time left, whatever the rate"
     finally:
         assert kvcm("storage", "undrain", "memory").code == 0
         assert kvcm("reclaimer", "--resume").code == 0
+
+
+def test_commands_about_storages_say_what_comes_next(kvcm: Kvcm, chat: str, tmp_path: Path) -> None:
+    added = kvcm("storage", "create", "spare", "--path", str(tmp_path / "spare"), "--json")
+    assert (added.json["ok"], "kvcm group update" in added.err) == (True, True)
+    assert kvcm("storage", "remove", "spare", "--yes").code == 0
+    used = kvcm("storage", "remove", "memory", "--yes")
+    assert (used.code, "candidate of group chat" in used.err) == (1, True)
+    assert "kvcm storage drain memory --wait" in used.err
 
 
 # ------------------------------------------------------------------------------------ reclaimers
@@ -175,6 +201,8 @@ def test_reclaimers_are_shown_and_changed(kvcm: Kvcm, chat: str) -> None:
     paused = kvcm("reclaimer", "--pause")
     assert ("paused" in paused.out, "--resume" in paused.err) == (True, True)
     assert kvcm("capacity", chat, "--json").json["reclaim"]["paused"] is True
+    assert kvcm("status", "--json").json["reclaiming_paused"] is True
+    assert "PAUSED" in kvcm("status").out
     assert "3 reclaimers, at most 100.0 MiB/s, at work" in kvcm("reclaimer", "--resume").out
     assert "no limit" in kvcm("reclaimer", "--rate", "0", "--size", "2").out
     assert kvcm("reclaimer", "--size", "0").code == 2
@@ -241,7 +269,16 @@ def test_values(kind: click.ParamType, text: str, value: float) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "text"),
-    [(FRACTION, "101%"), (FRACTION, "-1"), (FRACTION, ""), (SECONDS, "1w"), (SECONDS, "-5"), (RATE, "/s")],
+    [
+        (FRACTION, "101%"),
+        (FRACTION, "-1"),
+        (FRACTION, ""),
+        (SECONDS, "1w"),
+        (SECONDS, "-5"),
+        (SECONDS, "0.5s"),
+        (SECONDS, "1.5"),
+        (RATE, "/s"),
+    ],
 )
 def test_values_that_are_none(kind: click.ParamType, text: str) -> None:
     with pytest.raises(click.BadParameter):

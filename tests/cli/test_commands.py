@@ -342,7 +342,7 @@ def test_a_refusal_over_http_keeps_its_code(kvcm: Kvcm) -> None:
     assert (refused.code, refused.json["error"]["code"]) == (1, "KVCM-C004")
     assert "KVCM" not in refused.json["error"]["message"], "told once is enough"
     assert "error[KVCM-C004]: Failed to remove storage : storage 'files' is a candidate" in refused.err
-    assert "try: Remove its users first" in refused.err
+    assert "try: Empty it (`kvcm storage drain files --wait`)" in refused.err
     unknown = kvcm("group", "create", "x", "--quota", "1MiB", "--storage", "nope", "--json")
     assert unknown.json["error"]["code"] == "KVCM-N001"
     nowhere = kvcm("instance", "create", "n", "--group", "KVCM-Q001", "--block-size", "1", "--spec", "a=1")

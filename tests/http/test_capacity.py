@@ -195,6 +195,12 @@ def test_pins_by_tokens_and_pins_that_are_refused(http: Http) -> None:
     http.refused("pinCache", "INVALID_ARGUMENT", instance_id="s", name="p")
     http.refused("pinCache", "INVALID_ARGUMENT", instance_id="s", name="n" * 300, block_keys=[1])
     http.refused("unpinCache", "INVALID_ARGUMENT", instance_id="s")
+    for until_s in (-1, 3600):  # 3600 is meant as "an hour from now"
+        message = http.refused(
+            "pinCache", "INVALID_ARGUMENT", instance_id="s", name="late", block_keys=[1], until_s=until_s
+        )
+        assert "not in the future" in message
+    assert [pin["name"] for pin in capacity(http)["pins"]] == ["p"]
 
 
 def test_a_pin_ends_by_itself(http: Http) -> None:

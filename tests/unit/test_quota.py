@@ -160,11 +160,11 @@ def test_first_with_room_in_its_own_quota() -> None:
     assert placed(group, 11) == "nfs"
 
 
-def test_no_room_anywhere_names_the_first_quota() -> None:
+def test_no_room_anywhere_names_the_largest_quota() -> None:
     group = make_group("shm", "nfs", TAIRMEMPOOL=10, NFS=20)
     with pytest.raises(QuotaExceeded) as caught:
         placed(group, 21)
-    assert caught.value.details["quota"] == "ST_TAIRMEMPOOL"
+    assert caught.value.details["quota"] == "ST_NFS"
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,13 @@ class EvictionOrder:
         """
         return self._select(lanes, count, now_ms, leaves_only, before_ms)
 
+    def may_leave(self, blocks: Ids, now_ms: int) -> Ids:
+        """Those of these resident blocks that are neither held nor leased and have no resident children
+        but among them; children first."""
+        selection = Selection(self._forest, self._leased, now_ms, True, len(blocks))
+        selection.offer(self._forest.leaves_first(self._not_held(blocks)))
+        return selection.finish()[0]
+
     def coldest_ms(self, lanes: Sequence[int]) -> int | None:
         """The earliest last touch among the heads of the queues; None if nothing is in order."""
         heads = [ring.blocks[ring.head] for _, ring in self._queues(lanes)]

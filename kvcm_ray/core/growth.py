@@ -11,7 +11,7 @@ WINDOW_MS = 60_000
 EVERY_MS = 1_000
 
 
-class Levels:
+class Growth:
     """Bytes held by storage type, a sample a second at most."""
 
     def __init__(self) -> None:
