@@ -223,13 +223,15 @@ class Load:
                 self._counted[name] = value
 
     def stored(self) -> dict[StorageType, int]:
-        """Bytes on the storages, by type, as the file systems know them."""
+        """Bytes of the instance on the storages, by type, as the file systems know them."""
         total: Counter[StorageType] = Counter()
+        uid = self.view.instance(self.lab.instance_id).uid
         for config in self.view.storages().values():
             adapter = open_storage(config)
             try:
                 for found in adapter.list_segments():
-                    for spec in found.segment.specs if found.segment else ():
+                    ours = found.owner is not None and found.owner.uid == uid
+                    for spec in found.segment.specs if ours and found.segment else ():
                         with contextlib.suppress(StorageError):
                             written = adapter.written_slots(found.segment, spec.name)
                             total[config.storage_type] += int(written.sum()) * spec.size
