@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +40,10 @@ NICENESS = 5  #: serving comes first; but writes may wait for what is erased her
 class ReclaimerBody:
     """The work, without Ray. One thread at a time."""
 
-    def __init__(self, view: RegistryView) -> None:
-        self._view = view
+    def __init__(
+        self, view: RegistryView, opener: Callable[[StorageConfig], StorageAdapter] = open_storage
+    ) -> None:
+        self._view, self._open = view, opener
         self._readers: dict[str, IndexReader] = {}
         self._adapters: dict[str, tuple[StorageConfig, StorageAdapter]] = {}
         self._throttle = Throttle(view.reclaimer_settings)
@@ -137,7 +139,7 @@ class ReclaimerBody:
             self._adapters.pop(storage)[1].close()
         if config is None:
             return None
-        adapter = open_storage(config)
+        adapter = self._open(config)
         self._adapters[storage] = (config, adapter)
         return adapter
 

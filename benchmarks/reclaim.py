@@ -5,7 +5,7 @@
   others are the whole way through a manager with so many reclaimers: the quota of a full group is cut,
   and the time runs until the bytes of all those blocks are erased and their slots free. For "shm to
   file" only the quota of shared memory is cut, so that the blocks are copied to files, verified, before
-  they are erased.
+  they are erased. How they grow with the pool on a slow storage: `distant`.
 * look-ups while 500 000 blocks are reclaimed, and writes into a full cache: `foreground`.
 * with ``soak_s``, only a soak: many writers against a small quota; see `soak`.
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcm_ray.benchmarks import foreground, soak, writer
+from kvcm_ray.benchmarks import distant, foreground, soak, writer
 from kvcm_ray.benchmarks.children import run_children
 from kvcm_ray.benchmarks.private import EXACT, Control, is_idle, private_manager
 from kvcm_ray.core.model import (
@@ -41,6 +41,8 @@ from kvcm_ray.errors import KvcmError
 
 PARTS = ("rows", "lookups", "writes")
 RECLAIMERS = (1, 2, 4)
+DISTANT_POOLS = (1, 2, 4, 8, 16)
+DISTANT_BLOCKS, QUICK_DISTANT_BLOCKS = 40_000, 4_000
 BLOCK_BYTES = 4096  #: a page, the least that a storage can give back
 BLOCKS, QUICK_BLOCKS = 100_000, 10_000
 METADATA_BLOCKS, QUICK_METADATA_BLOCKS = 500_000, 50_000
@@ -78,6 +80,8 @@ def run(
         report("metadata only")
         result["rows"].append(metadata_row(QUICK_METADATA_BLOCKS if quick else METADATA_BLOCKS))
         result["rows"] += _storage_rows(reclaimers, quick, report)
+        report("a storage that takes its time")
+        result["rows"] += distant.rows(DISTANT_POOLS, QUICK_DISTANT_BLOCKS if quick else DISTANT_BLOCKS)
     if "lookups" in parts:
         result |= foreground.lookups(quick, report)
     if "writes" in parts:

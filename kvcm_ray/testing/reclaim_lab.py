@@ -41,8 +41,9 @@ from kvcm_ray.testing.blocks import SPEC, finish_request, payloads, start_reques
 class ThreadPool:
     """`GroupControl` and `Pool`: group loops and reclaimers as threads."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, reclaimer: Callable[[RegistryView], ReclaimerBody]) -> None:
         self.data_dir = data_dir
+        self._reclaimer = reclaimer
         self.services: dict[str, GroupService] = {}
         self.sizes: list[int] = []  #: of the pools that were asked for
         self.dead = False  #: reclaimers die with every call
@@ -91,7 +92,7 @@ class ThreadPool:
             threading.Timer(0.005, done, (None, "dead")).start()
             return
         if number not in self._threads:
-            body = ReclaimerBody(RegistryView(self.data_dir))
+            body = self._reclaimer(RegistryView(self.data_dir))
             self._threads[number] = body, ThreadPoolExecutor(1, thread_name_prefix=f"reclaimer-{number}")
         body, thread = self._threads[number]
 
@@ -107,9 +108,17 @@ class ReclaimLab:
     New blocks go to the first tier that has room; nothing waits before it is erased.
     """
 
-    def __init__(self, data_dir: Path, tiers: Sequence[str], *, high: float = 0.0, low: float = 0.0) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        tiers: Sequence[str],
+        *,
+        high: float = 0.0,
+        low: float = 0.0,
+        reclaimer: Callable[[RegistryView], ReclaimerBody] = ReclaimerBody,
+    ) -> None:
         self.data_dir = data_dir
-        self.pool = ThreadPool(data_dir)
+        self.pool = ThreadPool(data_dir, reclaimer)
         self.registry = RegistryBody(data_dir, self.pool)
         self._shm = Path("/dev/shm") / f"kvcm-lab-{secrets.token_hex(4)}"
         self._adapters: dict[str, StorageAdapter] = {}
