@@ -12,13 +12,13 @@ its request begins; the request then writes what is missing, and blocks leave do
 
 from kvcm_ray.optimizer.accesses import READ, REQUEST, WRITE, Accesses
 from kvcm_ray.optimizer.curve import Curve, hit_curve, optimum
-from kvcm_ray.optimizer.dataset import load, save
+from kvcm_ray.optimizer.dataset import load, of_requests, save
 from kvcm_ray.optimizer.replay import POLICIES, Totals, replay, totals
 from kvcm_ray.optimizer.sampling import Sample, sample, sample_file, sampled_curve
 from kvcm_ray.optimizer.savings import GPUS, MODELS, Gpu, Model, Savings, savings
 
 __all__ = [
     "GPUS", "MODELS", "POLICIES", "READ", "REQUEST", "WRITE", "Accesses", "Curve", "Gpu", "Model", "Sample",
-    "Savings", "Totals", "hit_curve", "load", "optimum", "replay", "sample", "sample_file", "sampled_curve",
+    "Savings", "Totals", "hit_curve", "load", "of_requests", "optimum", "replay", "sample", "sample_file", "sampled_curve",
     "save", "savings", "totals",
 ]  # fmt: skip

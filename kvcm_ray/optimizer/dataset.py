@@ -16,7 +16,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -27,8 +27,8 @@ import numpy.typing as npt
 import orjson
 
 from kvcm_ray.errors import InvalidArgument
-from kvcm_ray.optimizer.accesses import I32, I64, Accesses, Flags, offsets_of, places
-from kvcm_ray.optimizer.formats import HEADER, OPS, Batch, Format, format_of
+from kvcm_ray.optimizer.accesses import I32, I64, REQUEST, Accesses, Flags, offsets_of, places
+from kvcm_ray.optimizer.formats import HEADER, OPS, Batch, Format, Kvcm, format_of
 from kvcm_ray.traces import BUNDLED, bundled
 from kvcm_ray.traces.keys import mix64
 
@@ -61,6 +61,40 @@ def load(path: str | Path, *, cache: bool = True) -> Accesses:
         with suppress(OSError):
             _keep(file, stamp, accesses)
     return accesses
+
+
+def of_requests(
+    requests: Sequence[Sequence[int]],
+    *,
+    block_tokens: int = 0,
+    input_tokens: Sequence[int] | None = None,
+    times_s: Sequence[float] | None = None,
+    ops: Sequence[int] | None = None,
+) -> Accesses:
+    """A trace from the prefix keys of each request, in prefix order.
+
+    Args:
+        input_tokens: of each prompt; by default its blocks are full.
+        times_s: of each request; by default a second apart.
+        ops: `READ`, `WRITE` or `REQUEST`, which is the default.
+    """
+    n = len(requests)
+    counts = np.array([len(keys) for keys in requests], np.int64)
+    tokens = counts * block_tokens if input_tokens is None else np.array(input_tokens, np.int64)
+    batch = Batch(
+        keys=np.array([key for keys in requests for key in keys], np.int64),
+        counts=counts,
+        times_s=np.arange(n, dtype=np.float64) if times_s is None else np.array(times_s, np.float64),
+        input_tokens=tokens,
+        output_tokens=np.zeros(n, np.int64),
+        partial=tokens < counts * block_tokens,
+        ops=np.full(n, REQUEST, np.uint8) if ops is None else np.array(ops, np.uint8),
+        turns=np.zeros(n, np.int64),
+    )
+    numbering, rows = Numbering(), _Rows()
+    rows.form = Kvcm(HEADER | {"block_tokens": block_tokens})
+    rows.add(batch, numbering)
+    return rows.joined(numbering.finish())
 
 
 def resolve(path: str | Path) -> Path:
