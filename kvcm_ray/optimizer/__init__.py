@@ -19,6 +19,6 @@ from kvcm_ray.optimizer.savings import GPUS, MODELS, Gpu, Model, Savings, saving
 
 __all__ = [
     "GPUS", "MODELS", "POLICIES", "READ", "REQUEST", "WRITE", "Accesses", "Curve", "Gpu", "Model", "Sample",
-    "Savings", "Totals", "hit_curve", "load", "of_requests", "optimum", "replay", "sample", "sample_file", "sampled_curve",
-    "save", "savings", "totals",
+    "Savings", "Totals", "hit_curve", "load", "of_requests", "optimum", "replay", "sample", "sample_file",
+    "sampled_curve", "save", "savings", "totals",
 ]  # fmt: skip

@@ -143,21 +143,22 @@ def save(accesses: Accesses, path: str | Path) -> None:
         InvalidArgument: the file cannot be written.
     """
     file = Path(path)
+    keys = keys_apart(accesses.keys[accesses.blocks], accesses.lengths, accesses.instances)
     try:
         with gzip.open(file, "wb", 6) if file.suffix == ".gz" else file.open("wb") as out:
             out.write(orjson.dumps(HEADER | {"block_tokens": accesses.block_tokens}) + b"\n")
             for request in range(accesses.requests):
-                out.write(orjson.dumps(_record(accesses, request)) + b"\n")
+                out.write(orjson.dumps(_record(accesses, request, keys)) + b"\n")
     except OSError as error:
         raise InvalidArgument(f"cannot write the trace {file}: {error}") from error
 
 
-def _record(accesses: Accesses, request: int) -> dict[str, Any]:
+def _record(accesses: Accesses, request: int, keys: I64) -> dict[str, Any]:
     start, end = accesses.offsets[request], accesses.offsets[request + 1]
     record: dict[str, Any] = {
         "time_us": round(float(accesses.times_s[request]) * 1e6),
         "op": _OP_NAMES[int(accesses.ops[request])],
-        "keys": accesses.keys[accesses.blocks[start:end]].tolist(),
+        "keys": keys[start:end].tolist(),
         "instance": accesses.instance_names[accesses.instances[request]],
         "class": accesses.class_names[accesses.classes[request]],
         "turn": int(accesses.turns[request]),
@@ -265,16 +266,16 @@ class Numbering:
             self._kernels.rebuild(self._table, self._known[: self._count])
 
 
-def keys_apart(batch: Batch, instances: I32) -> I64:
-    """The keys of a batch, those of different instances made different.
+def keys_apart(keys: I64, counts: I64, instances: I32) -> I64:
+    """The keys (m,) of some requests (n,), those of different instances made different.
 
-    Those of instance 0, which may be all, stay as they are.
+    Those of instance 0, which may be all, stay as they are. Done twice it undoes itself.
     """
     if not instances.any():
-        return batch.keys
+        return keys
     apart = mix64(instances.astype(np.uint64))
     apart[instances == 0] = 0
-    return batch.keys ^ np.repeat(apart, batch.counts).view(np.int64)
+    return keys ^ np.repeat(apart, counts).view(np.int64)
 
 
 class _Rows:
@@ -291,7 +292,7 @@ class _Rows:
         instances = self._instances.number(batch.instances, len(batch.counts))
         classes = self._classes.number(batch.classes, len(batch.counts))
         self._labels.append((instances, classes))
-        self._blocks.append(numbering.number(keys_apart(batch, instances)))
+        self._blocks.append(numbering.number(keys_apart(batch.keys, batch.counts, instances)))
         self._batches.append(replace(batch, keys=batch.keys[:0], instances=[], classes=[]))
 
     def joined(self, keys: I64) -> Accesses:

@@ -89,7 +89,7 @@ def _streamed(file: Path) -> Iterator[tuple[I64, I64]]:
         if (batch.ops != REQUEST).any():
             raise InvalidArgument(f"{file} has look-ups and writes of their own; replay it")
         numbers = instances.number(batch.instances, len(batch.counts))
-        yield keys_apart(batch, numbers), offsets_of(batch.counts)
+        yield keys_apart(batch.keys, batch.counts, numbers), offsets_of(batch.counts)
 
 
 def _collected(batches: Iterator[tuple[I64, I64]] | list[tuple[I64, I64]], rate: float, seed: int) -> Sample:

@@ -173,4 +173,5 @@ def savings(
     if price_per_hour < 0 or flops < 0:
         raise InvalidArgument(f"price and FLOPs must not be negative, got {price_per_hour} and {flops}")
     hours = flops / (gpu.peak_flops * utilisation) / 3600
-    return Savings(flops, flops / flops_all if flops_all else 0.0, hours, hours * price_per_hour)
+    share = float(flops / flops_all) if flops_all else 0.0
+    return Savings(float(flops), share, float(hours), float(hours * price_per_hour))
