@@ -29,7 +29,7 @@ from kvcm_ray.traces.keys import keys_of_prefix_ids
 MODULE = "kvcm_ray.benchmarks.soak"
 WRITERS = 8
 BLOCK_BYTES = 4096
-SHM_BYTES, FILE_BYTES = 8 << 20, 24 << 20
+TIERS = 8 << 20, 24 << 20  #: bytes of shared memory and of files
 PROMPTS = 2_000
 SHARED_BLOCKS, OWN_BLOCKS_MAX = 8, 120
 FAMILY = 20  #: prompts that share their first blocks
@@ -37,7 +37,9 @@ FAMILY = 20  #: prompts that share their first blocks
 Report = Callable[[str], None]
 
 
-def run(seconds: float, report: Report, writers: int = WRITERS) -> dict[str, Any]:
+def run(
+    seconds: float, report: Report, writers: int = WRITERS, tiers: tuple[int, int] = TIERS
+) -> dict[str, Any]:
     """Returns ``{seconds, writers, quota_bytes, samples, bytes_above_quota, storage_bytes_above_quota,
     written_blocks, read_blocks, wrong_bytes, refused_puts, evicted_blocks, demoted_blocks,
     promoted_blocks, orphan_bytes, dangling_locations, corrupt_records}``.
@@ -48,10 +50,10 @@ def run(seconds: float, report: Report, writers: int = WRITERS) -> dict[str, Any
     """
     from kvcm_ray import fsck
 
-    quota = SHM_BYTES + FILE_BYTES
-    with private_manager([f"shm:{SHM_BYTES}", f"file:{FILE_BYTES}"]) as manager:
+    quota = sum(tiers)
+    with private_manager([f"shm:{tiers[0]}", f"file:{tiers[1]}"]) as manager:
         report(f"{writers} writers against {quota >> 20} MiB for {seconds:g} s")
-        sampler = Sampler(manager)
+        sampler = Sampler(manager, tiers)
         commands = [
             ["--data-dir", manager.data_dir, "--seed", n, "--seconds", seconds] for n in range(writers)
         ]
@@ -87,12 +89,12 @@ def run(seconds: float, report: Report, writers: int = WRITERS) -> dict[str, Any
 class Sampler:
     """Looks at the group and at its storages all the time, each from a thread of its own."""
 
-    def __init__(self, manager: Control) -> None:
+    def __init__(self, manager: Control, tiers: tuple[int, int]) -> None:
         self._manager = manager
         self._ended = threading.Event()
         self._threads: list[threading.Thread] = []
         self.samples = self.above = self.storage_samples = self.storage_above = 0
-        self._roots = {Path(root): most for root, most in _roots(manager)}
+        self._roots = {Path(root): most for root, most in _roots(manager, tiers)}
 
     def start(self) -> None:
         for look in (self._look_at_group, self._look_at_storages):
@@ -124,10 +126,10 @@ class Sampler:
         self._ended.wait(0.01)
 
 
-def _roots(manager: Control) -> Iterator[tuple[str, int]]:
+def _roots(manager: Control, tiers: tuple[int, int]) -> Iterator[tuple[str, int]]:
     for storage in manager.call("listStorage")["storage"]:
         shared = storage.get("shm")
-        yield (shared or storage["nfs"])["root_path"], SHM_BYTES if shared else FILE_BYTES
+        yield (shared or storage["nfs"])["root_path"], tiers[0] if shared else tiers[1]
 
 
 def allocated(root: Path) -> int:

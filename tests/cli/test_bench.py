@@ -119,7 +119,7 @@ def test_look_ups_are_told_apart_by_when_they_began() -> None:
 
 @pytest.mark.ray
 def test_a_short_soak_leaves_nothing_behind() -> None:
-    result = soak.run(2.0, lambda _: None, writers=3)
+    result = soak.run(3.0, lambda _: None, writers=3, tiers=(1 << 20, 3 << 20))  # full at once
     zero = (
         "bytes_above_quota", "storage_bytes_above_quota", "wrong_bytes", "orphan_bytes",
         "dangling_locations", "corrupt_records",
