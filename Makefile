@@ -17,7 +17,7 @@ help:
 	@echo "make test        set up, lint, type-check and run the tests"
 	@echo "make setup       only make $(VENV)"
 	@echo "make test-crash  kill -9 suites, minutes long"
-	@echo "make bench       print the figures of docs/performance.md (quarter of an hour)"
+	@echo "make bench       print the figures of docs/performance.md (an hour)"
 
 setup: $(READY)
 
@@ -53,6 +53,9 @@ bench: $(READY)
 	$(KVCM) bench lookup
 	$(KVCM) bench write
 	$(KVCM) bench http
+	$(KVCM) bench reclaim
+	$(KVCM) bench reclaim --soak 60
+	$(KVCM) bench capacity
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

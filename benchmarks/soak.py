@@ -8,6 +8,7 @@ space that the storages really use. At the end everything must add up (`kvcm_ray
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -121,7 +122,12 @@ class Sampler:
 
     def _look_at_storages(self) -> None:
         for root, most in self._roots.items():
-            self.storage_above = max(self.storage_above, allocated(root) - most)
+            used = allocated(root)
+            if used > most:
+                # A walk is no snapshot: blocks that go from a file that was seen to one that was not are
+                # counted twice. What is really too much is still there when one looks again.
+                used = min(used, allocated(root), allocated(root))
+            self.storage_above = max(self.storage_above, used - most)
         self.storage_samples += 1
         self._ended.wait(0.01)
 
@@ -133,16 +139,36 @@ def _roots(manager: Control, tiers: tuple[int, int]) -> Iterator[tuple[str, int]
 
 
 def allocated(root: Path) -> int:
-    """Bytes that the file system holds for the block data below `root`."""
+    """Bytes of block data that the file system holds below `root`.
+
+    Not ``st_blocks``: ext4 counts its own tree of extents in it, 44 KiB for a file with 3 000 holes.
+    """
     total = 0
     for folder, _, names in os.walk(root):
         for name in names:
             if name.endswith(".dat"):
                 try:
-                    total += os.stat(os.path.join(folder, name)).st_blocks * 512
+                    total += _data(os.path.join(folder, name))
                 except FileNotFoundError:
                     continue  # its segment was dropped a moment ago
     return total
+
+
+def _data(path: str) -> int:
+    """Bytes of a file that are not holes."""
+    file = os.open(path, os.O_RDONLY)
+    begin = end = total = 0
+    try:
+        while True:
+            begin = os.lseek(file, end, os.SEEK_DATA)
+            end = os.lseek(file, begin, os.SEEK_HOLE)
+            total += end - begin
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # no data behind this
+            raise
+        return total
+    finally:
+        os.close(file)
 
 
 # ------------------------------------------------------------------------------------ one writer
