@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvcm_ray.core.eviction import POLICIES as LIVE
-from kvcm_ray.core.eviction import EvictionOrder, make_policy
+from kvcm_ray.core.eviction import make_policy
+from kvcm_ray.core.eviction.simulate import SimulatedCache
 from kvcm_ray.errors import InvalidArgument
 from kvcm_ray.optimizer.accesses import I32, I64, READ, WRITE, Accesses, Flags
 from kvcm_ray.optimizer.curve import positive
 
 POLICIES = (*LIVE, "lru_head_first")
 COMPILED = ("lru", "ttl", "lfu", "lru_head_first")
-_LANE = 0
 
 
 def replay(
@@ -56,55 +56,19 @@ def _compiled(accesses: Accesses, policy: str, capacity: int, partial: Flags) ->
 
 
 def _live(accesses: Accesses, policy: str, capacity: int, partial: Flags) -> I32:
-    cache = _Cache(policy, capacity, accesses.keys)
+    cache = SimulatedCache(make_policy(policy), capacity, accesses.keys)
     bounds = zip(accesses.offsets[:-1].tolist(), accesses.offsets[1:].tolist(), strict=True)
     requests = zip(bounds, accesses.ops.tolist(), partial.tolist(), strict=True)
     hits = [
-        cache.serve(accesses.blocks[start:end].astype(np.int64), op, flag)
+        cache.serve(
+            accesses.blocks[start:end].astype(np.int64),
+            read=bool(op & READ),
+            write=bool(op & WRITE),
+            partial=flag,
+        )
         for (start, end), op, flag in requests
     ]
     return np.array(hits, np.int32)
-
-
-class _Cache:
-    """Blocks in an `EvictionOrder` of one lane; their ids are those of the trace."""
-
-    def __init__(self, policy: str, capacity: int, keys: I64) -> None:
-        self._order = EvictionOrder(make_policy(policy))
-        self._capacity = capacity
-        self._keys = keys
-        self._present = np.zeros(len(keys), np.bool_)
-        self._resident = 0
-        self._now_ms = 0
-
-    def serve(self, blocks: I64, op: int, partial: bool) -> int:
-        """As a live group does: what is missing comes in, then what was there becomes most recent."""
-        present = self._present[blocks]
-        found = len(blocks) if present.all() else int(present.argmin())
-        self._now_ms += 1
-        if op & WRITE:
-            self._admit(blocks, present, found, partial)
-        used = blocks[present] if op & WRITE else blocks[:found]
-        self._order.touch(used, self._keys[used], self._now_ms, used=bool(op & READ))
-        self._shrink()
-        return found if op & READ else 0
-
-    def _admit(self, blocks: I64, present: Flags, found: int, partial: bool) -> None:
-        new = blocks[~present]
-        if len(new):
-            parent = int(blocks[found - 1]) if found else -1
-            flag = partial and not present[-1]
-            self._order.add(_LANE, new, self._keys[new], self._now_ms, parent=parent, partial=flag)
-            self._present[new] = True
-            self._resident += len(new)
-
-    def _shrink(self) -> None:
-        while (excess := self._resident - self._capacity) > 0:
-            victims = self._order.victims((_LANE,), excess, self._now_ms)
-            assert len(victims), "nothing is held or leased here"
-            self._order.remove(victims, self._keys[victims], evicted=True)
-            self._present[victims] = False
-            self._resident -= len(victims)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,17 +7,16 @@ blocks, and then blocks are evicted down to the capacity.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import repeat
 
 import numpy as np
 
-from kvcm_ray.core.eviction.arrays import grown
+from kvcm_ray.core.eviction.arrays import Flags, Ids
 from kvcm_ray.core.eviction.order import EvictionOrder
 from kvcm_ray.core.eviction.policy import Policy
 from kvcm_ray.core.requests import Keys
 from kvcm_ray.errors import InvalidArgument
 
-_LANE = (0,)
+_LANE = 0
 
 
 def simulate(
@@ -36,56 +35,58 @@ def simulate(
     """
     if capacity <= 0:
         raise InvalidArgument(f"the capacity must be at least one block, got {capacity}")
-    cache = _Cache(policy, capacity)
-    flags = repeat(False) if partial is None else partial
-    return sum(cache.request(keys, bool(flag)) for keys, flag in zip(requests, flags, strict=False))
+    wanted = [np.array(list(dict.fromkeys(keys.tolist())), np.int64) for keys in requests]
+    flags = [False] * len(wanted) if partial is None else list(partial)
+    if not wanted:
+        return 0
+    keys, blocks = np.unique(np.concatenate(wanted), return_inverse=True)
+    cache = SimulatedCache(policy, capacity, keys)
+    own = np.split(blocks, np.cumsum([len(part) for part in wanted])[:-1])
+    return sum(cache.serve(part, partial=bool(flag)) for part, flag in zip(own, flags, strict=False))
 
 
-class _Cache:
-    def __init__(self, policy: Policy, capacity: int) -> None:
-        self.order = EvictionOrder(policy)
-        self.capacity = capacity
-        self.present: dict[int, int] = {}  #: key -> block id
-        self.keys = np.zeros(1024, np.int64)  #: key of each block id
-        self.unused: list[int] = []  #: ids of blocks that left
-        self.now_ms = 0
+class SimulatedCache:
+    """Blocks in an `EvictionOrder` of one lane. Their ids are places in `keys`, which has all there
+    will be."""
 
-    def request(self, keys: Keys, partial: bool) -> int:
-        """Serve one request; how many leading blocks were present."""
-        wanted = list(dict.fromkeys(keys.tolist()))
-        found = [self.present.get(key, -1) for key in wanted]
-        hits = found.index(-1) if -1 in found else len(found)
-        self.now_ms += 1
-        if hits < len(found):
-            self._write(
-                [key for key, block in zip(wanted, found, strict=True) if block < 0],
-                found[hits - 1] if hits else -1,
-                partial and found[-1] < 0,
-            )
-        old = np.array([block for block in found if block >= 0], np.int64)
-        self.order.touch(old, self.keys[old], self.now_ms)
+    def __init__(self, policy: Policy, capacity: int, keys: Keys) -> None:
+        self._order = EvictionOrder(policy)
+        self._capacity = capacity
+        self._keys = keys
+        self._present = np.zeros(len(keys), np.bool_)
+        self._resident = 0
+        self._now_ms = 0
+
+    def serve(self, blocks: Ids, *, read: bool = True, write: bool = True, partial: bool = False) -> int:
+        """Serve one request, of distinct blocks in prefix order; how many leading ones were present,
+        0 if it does not read.
+
+        As a live group does: what is missing comes in, then what was there becomes most recent.
+        """
+        present = self._present[blocks]
+        found = len(blocks) if present.all() else int(present.argmin())
+        self._now_ms += 1
+        if write:
+            self._admit(blocks, present, found, partial)
+        used = blocks[present] if write else blocks[:found]
+        self._order.touch(used, self._keys[used], self._now_ms, used=read)
         self._shrink()
-        return hits
+        return found if read else 0
 
-    def _write(self, missing: list[int], parent: int, partial: bool) -> None:
-        """Admit what is missing; a cache that is closed misses no block before one that it has."""
-        blocks = np.array([self._admit(key) for key in missing], np.int64)
-        self.order.add(0, blocks, self.keys[blocks], self.now_ms, parent=parent, partial=partial)
-
-    def _admit(self, key: int) -> int:
-        block = self.unused.pop() if self.unused else len(self.present)
-        if block == len(self.keys):
-            self.keys = grown(self.keys, 2 * block, 0)
-        self.present[key] = block
-        self.keys[block] = key
-        return block
+    def _admit(self, blocks: Ids, present: Flags, found: int, partial: bool) -> None:
+        """A cache that is closed misses no block before one that it has."""
+        new = blocks[~present]
+        if len(new):
+            parent = int(blocks[found - 1]) if found else -1
+            flag = partial and not present[-1]
+            self._order.add(_LANE, new, self._keys[new], self._now_ms, parent=parent, partial=flag)
+            self._present[new] = True
+            self._resident += len(new)
 
     def _shrink(self) -> None:
-        while (excess := len(self.present) - self.capacity) > 0:
-            victims = self.order.victims(_LANE, excess, self.now_ms)
+        while (excess := self._resident - self._capacity) > 0:
+            victims = self._order.victims((_LANE,), excess, self._now_ms)
             assert len(victims), "nothing is held or leased here"
-            keys = self.keys[victims]
-            self.order.remove(victims, keys, evicted=True)
-            for key in keys.tolist():
-                del self.present[key]
-            self.unused.extend(victims.tolist())
+            self._order.remove(victims, self._keys[victims], evicted=True)
+            self._present[victims] = False
+            self._resident -= len(victims)
