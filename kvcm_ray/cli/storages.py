@@ -133,9 +133,7 @@ def storage_update(name: str, kind: str, path: str, force: bool, target: Target,
 @json_option
 def storage_enable(name: str, target: Target, as_json: bool) -> None:
     """Let new blocks go to a storage again."""
-    with open_api(target) as api:
-        find_storage(api, name)
-        api.call("enableStorage", storage_unique_name=name)
+    _change(target, name, "enableStorage")
     done(f"storage {name} enabled", as_json, name=name)
 
 
@@ -145,9 +143,7 @@ def storage_enable(name: str, target: Target, as_json: bool) -> None:
 @json_option
 def storage_disable(name: str, target: Target, as_json: bool) -> None:
     """Neither write to nor read from a storage, until it is enabled."""
-    with open_api(target) as api:
-        find_storage(api, name)
-        api.call("disableStorage", storage_unique_name=name)
+    _change(target, name, "disableStorage")
     done(f"storage {name} disabled", as_json, name=name)
 
 
@@ -178,10 +174,15 @@ def storage_drain(
 @json_option
 def storage_undrain(name: str, target: Target, as_json: bool) -> None:
     """End a drain: new blocks go there again. What has moved stays where it is."""
+    _change(target, name, "drainStorage", draining=False)
+    done(f"storage {name} takes blocks again", as_json, name=name)
+
+
+def _change(target: Target, name: str, call: str, **fields: Any) -> None:
+    """Ask for a change of a storage that is there."""
     with open_api(target) as api:
         find_storage(api, name)
-        api.call("drainStorage", storage_unique_name=name, draining=False)
-    done(f"storage {name} takes blocks again", as_json, name=name)
+        api.call(call, storage_unique_name=name, **fields)
 
 
 def _drained(api: Api, name: str) -> Json:
