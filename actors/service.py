@@ -24,6 +24,7 @@ from kvcm_ray.actors import paths
 from kvcm_ray.actors.chores import FAILED_PAUSE_MS, Chores, Pool
 from kvcm_ray.actors.engine import GroupEngine
 from kvcm_ray.actors.facts import Now
+from kvcm_ray.actors.observer import Observer
 from kvcm_ray.actors.prepare import Preparer
 from kvcm_ray.actors.sweep import remove_leftovers
 from kvcm_ray.actors.view import RegistryView
@@ -95,6 +96,7 @@ class GroupService:
         self._stirred = True  #: since a reclaim step found nothing to do
         self._waiting = WaitingWrites()
         self._preparer = Preparer()
+        self.observer = Observer([])
         self.counters: Counter[str] = Counter()
         group = view.group(name)
         self.engine = GroupEngine(view.data_dir, group, view.storages(), self._registered())
@@ -175,6 +177,7 @@ class GroupService:
         finally:
             self._waiting.answer_all(Unavailable(f"group {self.name!r} has ended"))
             self._preparer.stop()
+            self.observer.stop()
             self.engine.close()
 
     def _step(self) -> bool:
@@ -250,6 +253,7 @@ class GroupService:
             self._queued -= len(requests)
         self._open_new(requests)
         answers = self.engine.submit_batch(requests, ahead_bytes=self._waiting.ahead_bytes())
+        self.observer.note(requests, answers)
         self._note(freed=not all(isinstance(request, StartWrite | Touch) for request in requests))
         if self.engine.fenced:
             self._on_end("a newer incarnation owns the index")
@@ -300,6 +304,7 @@ class GroupService:
     ) -> Sequence[Reply | KvcmError | None]:
         self._stirred = True
         answers = self.engine.submit_waiting(waiting, ahead_bytes)
+        self.observer.note([request for request, _ in waiting], answers)
         if self.engine.fenced:
             self._on_end("a newer incarnation owns the index")
         self.counters["waiting_tried"] += len(answers)

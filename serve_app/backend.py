@@ -17,7 +17,7 @@ from typing import Any
 from kvcm_ray.actors.view import RegistryView
 from kvcm_ray.core.mask import BlockMask
 from kvcm_ray.core.model import InstanceGroup, InstanceInfo, StorageConfig
-from kvcm_ray.core.requests import Keys, Reply, Request, Touch
+from kvcm_ray.core.requests import Reply, Request, Touch
 from kvcm_ray.errors import (
     GroupNotFound,
     InstanceNotFound,
@@ -29,7 +29,7 @@ from kvcm_ray.index import IndexReader
 from kvcm_ray.serve_app.locations import LocationEncoder
 from kvcm_ray.serve_app.sealing import Sealer
 
-TOUCH_KEYS_MAX = 262_144  #: found blocks, of all instances, that wait to be reported
+TOUCH_KEYS_MAX = 262_144  #: keys, of all instances, that wait to be reported
 TOUCHES_MAX = 4_096  #: look-ups that wait to be reported; those beyond either bound are not
 TOUCH_PERIOD_S = 0.05
 ENCODERS_MAX = 4096
@@ -145,15 +145,14 @@ class Backend(ABC):
 
     # ------------------------------------------------------------------------------------ touches
 
-    def touch(self, info: InstanceInfo, keys: Keys, lookups: int, *, chained: bool = True) -> None:
-        """Report that `lookups` blocks were looked up and `keys` were found, a part of one prompt in its
-        order if `chained`."""
-        if self._touched_keys + len(keys) > TOUCH_KEYS_MAX or len(self._touches) >= TOUCHES_MAX:
+    def touch(self, info: InstanceInfo, touch: Touch) -> None:
+        """Report a look-up to the group of `info`, soon."""
+        count = sum(len(keys) for keys in (touch.keys, touch.missed, touch.held) if keys is not None)
+        if self._touched_keys + count > TOUCH_KEYS_MAX or len(self._touches) >= TOUCHES_MAX:
             self.touches_dropped += 1
             return
-        touch = Touch(info.instance_id, keys, lookups, chained)
         self._touches.append((info.instance_group_name, touch))
-        self._touched_keys += len(keys)
+        self._touched_keys += count
         if self._flushing is None or self._flushing.done():
             self._flushing = asyncio.get_running_loop().create_task(self._flush())
 

@@ -20,6 +20,7 @@ from kvcm_ray.core.requests import (
     Flags,
     Keys,
     StartWrite,
+    Touch,
     WriteStarted,
 )
 from kvcm_ray.errors import InvalidArgument
@@ -54,7 +55,7 @@ async def get_cache_location(call: Call) -> bytes:
         inside = _prefix_match(call, request, keys)
     elif request.query_type == m.QueryType.QT_BATCH_GET:
         hits, found = _lookup(call, keys)
-        call.backend.touch(call.instance, keys[hits], len(keys), chained=False)
+        _touch(call, keys[hits], len(keys), chained=False)
         inside = _encode(call, found, hits)
     elif request.query_type == m.QueryType.QT_REVERSE_ROLL_SW_MATCH:
         inside = _window_match(call, request, keys)
@@ -67,14 +68,26 @@ async def get_cache_location(call: Call) -> bytes:
 
 
 def _prefix_match(call: Call, request: m.GetCacheLocationRequest, keys: Keys) -> bytes:
+    held: Keys | None = None
+    whole = True  #: what is asked for is the prompt from some block on
     if request.block_mask is not None:
-        keys = keys[~request.block_mask.to_core().covers(len(keys))]
+        covered = request.block_mask.to_core().covers(len(keys))
+        count = int(covered.sum())
+        whole = bool(covered[:count].all())
+        held, keys = keys[:count], keys[~covered]
     reader = call.backend.reader(call.instance)
     found = reader.match(keys).locations
     encoder = call.backend.encoder(call.instance)
     inside, length = encoder.encode_prefix(found, reader.segment, call.storages, request.location_spec_names)
-    call.backend.touch(call.instance, keys[:length], len(keys))
+    if whole:
+        _touch(call, keys[:length], len(keys), missed=keys[length:], held=held)
+    else:
+        _touch(call, keys[:length], len(keys))
     return inside
+
+
+def _touch(call: Call, keys: Keys, lookups: int, **prompt: Any) -> None:
+    call.backend.touch(call.instance, Touch(call.instance.instance_id, keys, lookups, **prompt))
 
 
 def _window_match(call: Call, request: m.GetCacheLocationRequest, keys: Keys) -> bytes:
@@ -87,7 +100,7 @@ def _window_match(call: Call, request: m.GetCacheLocationRequest, keys: Keys) ->
     chosen = np.zeros(len(keys), np.bool_)
     if start is not None:
         chosen[start : start + size] = True
-    call.backend.touch(call.instance, keys[chosen], len(keys))
+    _touch(call, keys[chosen], len(keys))
     return _encode(call, found, chosen)
 
 

@@ -163,14 +163,14 @@ class DirectBackend:
             return len(await self.match(info, keys, timeout_s))
         index = self._index(info, contents)
         length = index.refreshed().match_length(keys) if index and len(keys) else 0
-        self._touch(info, keys[:length], len(keys))
+        self._touch_prefix(info, keys, length)
         return length
 
     async def match(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Blocks:
         contents = self.view.contents()
         index = self._index(info, contents)
         if index is None or not len(keys):
-            self._touch(info, keys[:0], len(keys))
+            self._touch_prefix(info, keys, 0)
             return Blocks(keys[:0], BlockLocations.empty(), {}, contents.storages)
         found = index.refreshed().match(keys)
         segments = index.segments_of(found.locations)
@@ -178,7 +178,7 @@ class DirectBackend:
         if self._some_disabled(contents):
             blocks, flags = self._enabled(index, blocks)
             blocks = blocks.take(slice(0, len(flags) if flags.all() else int(np.argmin(flags))))
-        self._touch(info, blocks.keys, len(keys))
+        self._touch_prefix(info, keys, len(blocks.keys))
         return blocks
 
     async def lookup(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Lookup:
@@ -194,7 +194,7 @@ class DirectBackend:
             blocks, enabled = self._enabled(index, blocks)
             blocks = blocks.take(enabled)
             flags[flags] = enabled
-        self._touch(info, blocks.keys, len(keys), chained=False)
+        self._touch(info, Touch(info.instance_id, blocks.keys, len(keys), chained=False))
         return Lookup(flags, blocks)
 
     async def elsewhere(self, info: InstanceInfo, tried: Blocks, timeout_s: float) -> Blocks:
@@ -336,9 +336,12 @@ class DirectBackend:
         for uid in self._indexes.keys() - uids:
             self._indexes.pop(uid).reader.close()
 
-    def _touch(self, info: InstanceInfo, hits: Keys, lookups: int, chained: bool = True) -> None:
-        if lookups and self._successor is None:
-            touch = Touch(info.instance_id, hits, lookups, chained)
+    def _touch_prefix(self, info: InstanceInfo, keys: Keys, length: int) -> None:
+        """Of the whole prompt that was asked for, so many blocks were found."""
+        self._touch(info, Touch(info.instance_id, keys[:length], len(keys), missed=keys[length:]))
+
+    def _touch(self, info: InstanceInfo, touch: Touch) -> None:
+        if touch.lookups and self._successor is None:
             self._touches.add(info.instance_group_name, touch)
 
     def _send_touches(self, group: str, touches: Sequence[Touch]) -> None:

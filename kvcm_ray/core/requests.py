@@ -118,6 +118,9 @@ class Touch:
     keys: Keys  #: the keys that were hit, in prefix order
     lookups: int
     chained: bool = True  #: each key is the next block after the one before it
+    #: Of the look-up of a whole prompt: what was asked behind `keys`, in vain. None for others.
+    missed: Keys | None = None
+    held: Keys | None = None  #: and what the engine had itself, before `keys`
 
 
 @dataclass(frozen=True, slots=True)

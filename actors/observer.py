@@ -1,0 +1,155 @@
+"""What a group's readers and writers do, handed to those who want to know, off the loop's thread.
+
+The loop only appends (`note`). A thread of its own makes `Observed` batches of it, once a second or when
+there is much, and gives them to the listeners in order. When the listeners are too slow for the traffic,
+requests are left out and counted; the loop never waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from kvcm_ray.core.observed import Observed
+from kvcm_ray.core.requests import Keys, Reply, Request, StartWrite, Touch, WriteStarted
+from kvcm_ray.errors import KvcmError
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 1.0
+BATCH_KEYS = 1 << 16
+PENDING_KEYS_MAX = 1 << 22
+
+
+class Listener(Protocol):
+    def feed(self, observed: Observed) -> None:
+        """Called with one batch after the other, from one thread at a time."""
+        ...
+
+
+@dataclass(slots=True)
+class _Note:
+    instance_id: str
+    time_s: float
+    parts: tuple[Keys, ...]  #: of the prompt's keys
+    write: bool
+    partial: bool
+    found: int
+    held: int
+
+
+class Observer:
+    """
+    Args:
+        listeners: who gets every batch.
+    """
+
+    def __init__(self, listeners: Sequence[Listener]) -> None:
+        self._listeners = listeners
+        self._notes: deque[_Note] = deque()
+        self._keys = 0  #: in notes that came; only the noting thread writes it
+        self._taken = 0  #: of those, what was taken
+        self.dropped = 0  #: requests that were left out
+        self._some = threading.Event()  #: there is something to hand over
+        self._much = threading.Event()  #: and it should not wait
+        self._ended = threading.Event()
+        self._feeding = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def note(self, requests: Sequence[Request], answers: Iterable[Reply | KvcmError | None]) -> None:
+        """What was asked and answered just now; from the loop's thread."""
+        now_s = time.time()
+        for request, answer in zip(requests, answers, strict=True):
+            if isinstance(answer, KvcmError):
+                continue
+            if isinstance(request, Touch):
+                note = _look_up(request, now_s)
+            elif isinstance(request, StartWrite) and isinstance(answer, WriteStarted):
+                note = _write(request, answer, now_s)
+            else:
+                continue
+            if note is not None:
+                self._add(note)
+
+    def flush(self) -> None:
+        """Hand over what was noted so far, and wait until the listeners have it."""
+        with self._feeding:
+            while self._notes:
+                observed = self._batch()
+                for listener in self._listeners:
+                    try:
+                        listener.feed(observed)
+                    except Exception:  # what one cannot take must not keep it from the others
+                        log.exception("%s could not take %d requests", listener, len(observed.counts))
+
+    def stop(self) -> None:
+        """End the thread; waits for it. What was noted is handed over."""
+        self._ended.set()
+        self._some.set()
+        self._much.set()
+        if self._thread is not None:
+            self._thread.join()
+        self.flush()
+
+    def _add(self, note: _Note) -> None:
+        count = sum(map(len, note.parts))
+        if self._keys - self._taken + count > PENDING_KEYS_MAX:
+            self.dropped += 1
+            return
+        self._keys += count
+        self._notes.append(note)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="observer", daemon=True)
+            self._thread.start()
+        self._some.set()
+        if self._keys - self._taken >= BATCH_KEYS:
+            self._much.set()
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            self._some.wait()
+            self._much.wait(EVERY_S)
+            self._some.clear()
+            self._much.clear()
+            self.flush()
+
+    def _batch(self) -> Observed:
+        notes: list[_Note] = []
+        parts: list[Keys] = []
+        size = 0
+        while self._notes and size < BATCH_KEYS:
+            notes.append(self._notes.popleft())
+            parts.extend(notes[-1].parts)
+            size += sum(map(len, notes[-1].parts))
+        self._taken += size
+        return Observed(
+            instance_ids=[note.instance_id for note in notes],
+            times_s=np.array([note.time_s for note in notes]),
+            writes=np.array([note.write for note in notes], np.bool_),
+            partial=np.array([note.partial for note in notes], np.bool_),
+            found=np.array([note.found for note in notes], np.int64),
+            counts=np.array([sum(map(len, note.parts)) for note in notes], np.int64),
+            keys=np.concatenate(parts) if parts else np.zeros(0, np.int64),
+            held=np.array([note.held for note in notes], np.int64),
+        )
+
+
+def _look_up(touch: Touch, now_s: float) -> _Note | None:
+    if touch.missed is None:
+        return None
+    held = touch.held if touch.held is not None else touch.keys[:0]
+    parts = (held, touch.keys, touch.missed)
+    found = len(held) + len(touch.keys)
+    return _Note(touch.instance_id, now_s, parts, False, False, found, len(held))
+
+
+def _write(request: StartWrite, answer: WriteStarted, now_s: float) -> _Note:
+    there = int(np.count_nonzero(answer.exists))
+    return _Note(request.instance_id, now_s, (request.keys,), True, request.partial_tail, there, 0)
