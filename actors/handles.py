@@ -108,21 +108,13 @@ class GroupHandle:
             future.cancel()
             raise self._late(timeout_s) from None
 
-    async def capacity(self, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
-        """The capacity report; see `GroupState.capacity`."""
-        report = await _call_async(lambda: self._find().capacity.remote(), self._forget, timeout_s)
-        return dict(report)
+    async def ask(self, method: str, *args: Any, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
+        """What a method of `GroupActor` answers: `usage`, `capacity`, `advice` ... Raises like `call`."""
+        return dict(await _call_async(lambda: self._remote(method, args), self._forget, timeout_s))
 
-    def capacity_sync(self, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
-        return dict(_call_sync(lambda: self._find().capacity.remote(), self._forget, timeout_s))
-
-    async def usage(self, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
-        """What the group holds; see `GroupState.usage`."""
-        usage = await _call_async(lambda: self._find().usage.remote(), self._forget, timeout_s)
-        return dict(usage)
-
-    def usage_sync(self, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
-        return dict(_call_sync(lambda: self._find().usage.remote(), self._forget, timeout_s))
+    def ask_sync(self, method: str, *args: Any, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
+        """Blocking twin of `ask`."""
+        return dict(_call_sync(lambda: self._remote(method, args), self._forget, timeout_s))
 
     # --------------------------------------------------------------------------------- internals
 
@@ -261,6 +253,9 @@ class GroupHandle:
             name = group_actor_name(self.group)
             self._actor = _get_actor(name, GroupNotFound(f"no instance group {self.group!r}"))
         return self._actor
+
+    def _remote(self, method: str, args: tuple[Any, ...]) -> Any:
+        return getattr(self._find(), method).remote(*args)
 
     def _forget(self) -> None:
         self._actor = None

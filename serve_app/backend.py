@@ -132,12 +132,8 @@ class Backend(ABC):
         """Call a method of the registry. Raises a `KvcmError`."""
 
     @abstractmethod
-    async def usage(self, group: str) -> dict[str, Any]:
-        """`GroupState.usage` of a group. Raises a `KvcmError`."""
-
-    @abstractmethod
-    async def capacity(self, group: str) -> dict[str, Any]:
-        """`GroupState.capacity` of a group. Raises a `KvcmError`."""
+    async def ask(self, group: str, method: str, *args: Any) -> dict[str, Any]:
+        """What a method of the group's actor answers: `usage`, `capacity` ... Raises a `KvcmError`."""
 
     @abstractmethod
     async def health(self) -> dict[str, str]:

@@ -37,11 +37,8 @@ class ClusterBackend(Backend):
     async def registry(self, method: str, *args: Any) -> Any:
         return await self._registry.call(method, *args, timeout_s=REGISTRY_TIMEOUT_S)
 
-    async def usage(self, group: str) -> dict[str, Any]:
-        return await self._group(group).usage(HEALTH_TIMEOUT_S)
-
-    async def capacity(self, group: str) -> dict[str, Any]:
-        return await self._group(group).capacity(HEALTH_TIMEOUT_S)
+    async def ask(self, group: str, method: str, *args: Any) -> dict[str, Any]:
+        return await self._group(group).ask(method, *args, timeout_s=HEALTH_TIMEOUT_S)
 
     async def send_touches(self, group: str, touches: Sequence[Touch]) -> None:
         handle = self._group(group)
@@ -49,7 +46,7 @@ class ClusterBackend(Backend):
 
     async def health(self) -> dict[str, str]:
         checks = {"registry": self.registry("describe")}
-        checks |= {f"group:{name}": self.usage(name) for name in self.groups()}
+        checks |= {f"group:{name}": self.ask(name, "usage") for name in self.groups()}
         states = await asyncio.gather(*(_state(check) for check in checks.values()))
         return dict(zip(checks, states, strict=True))
 

@@ -209,7 +209,7 @@ async def get_metrics(call: Call) -> dict[str, Any]:
     metrics = [m for s, c in call.metrics.totals().items() for m in _service_metrics(s, c)]
     for name in sorted(call.backend.groups()):
         try:
-            metrics += _group_metrics(name, await call.backend.usage(name))
+            metrics += _group_metrics(name, await call.backend.ask(name, "usage"))
         except KvcmError as error:
             logging.getLogger(__name__).warning("no usage of group %s: %s", name, error)
             metrics.append(_gauge("cache_manager_group.available", 0, instance_group=name))

@@ -76,7 +76,7 @@ async def drain_storage(call: Call) -> dict[str, Any]:
 async def get_capacity(call: Call) -> dict[str, Any]:
     require("GetCapacity", call.request, "instance_group")
     group = call.backend.group(call.request.instance_group)
-    return {"capacity": await call.backend.capacity(group.name)}
+    return {"capacity": await call.backend.ask(group.name, "capacity")}
 
 
 async def rollback_instance(call: Call) -> dict[str, Any]:

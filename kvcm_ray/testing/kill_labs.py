@@ -196,7 +196,7 @@ class RayLab:
         return self._handle
 
     def usage(self) -> dict[str, Any]:
-        return self._handle.usage_sync(30.0)
+        return self._handle.ask_sync("usage", timeout_s=30.0)
 
     def kill_group(self) -> None:
         _kill_and_wait(lambda: int(self.usage()["pid"]))

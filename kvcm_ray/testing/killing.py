@@ -106,9 +106,9 @@ def kill_group_rounds(data_dir: Path, group: str, rounds: int, writers: int = 2)
         thread.start()
     for _ in range(rounds):
         time.sleep(random.uniform(0.02, 0.5))
-        os.kill(handle.usage_sync(CALL_TIMEOUT_S)["pid"], signal.SIGKILL)
+        os.kill(handle.ask_sync("usage", timeout_s=CALL_TIMEOUT_S)["pid"], signal.SIGKILL)
         tally.kills += 1
-        handle.usage_sync(CALL_TIMEOUT_S)
+        handle.ask_sync("usage", timeout_s=CALL_TIMEOUT_S)
         tally.lost += sum(thread.lost() for thread in threads)
         assert not tally.lost, tally
     for thread in threads:
@@ -129,7 +129,7 @@ def _await_quiet(handle: GroupHandle) -> None:
     """Until nothing is being written or erased: abandoned sessions expire within 30 s."""
     deadline = time.monotonic() + 60
     while True:
-        usage = handle.usage_sync(CALL_TIMEOUT_S)
+        usage = handle.ask_sync("usage", timeout_s=CALL_TIMEOUT_S)
         if not (usage["sessions"] or usage["pending_delete_bytes"]):
             return
         assert time.monotonic() < deadline, usage

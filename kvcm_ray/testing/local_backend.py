@@ -115,11 +115,9 @@ class LocalBackend(Backend):
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._registry.call, token_hex(16), method, *args)
 
-    async def usage(self, group: str) -> dict[str, Any]:
-        return await asyncio.wrap_future(self._service(group).usage())
-
-    async def capacity(self, group: str) -> dict[str, Any]:
-        return await asyncio.wrap_future(self._service(group).capacity())
+    async def ask(self, group: str, method: str, *args: Any) -> dict[str, Any]:
+        future: Future[dict[str, Any]] = getattr(self._service(group), method)(*args)
+        return await asyncio.wrap_future(future)
 
     async def health(self) -> dict[str, str]:
         return {"registry": "unreachable" if self.failing else "ok"}

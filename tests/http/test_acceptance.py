@@ -153,7 +153,7 @@ def test_a_full_instance_makes_room(http: Http) -> None:
     http.write("i1", list(range(16)))
     assert len(http.write("i1", [99])) == 1
     assert len(http.prefix("i1", [99])) == 1
-    assert http.run(http.backend.usage("g"))["blocks"] <= 16
+    assert http.run(http.backend.ask("g", "usage"))["blocks"] <= 16
     assert len(http.prefix("i1", list(range(15)))) < 15, "leaves go before what leads to them"
 
 
@@ -183,9 +183,9 @@ def test_a_lowered_mark_acts_at_once(http: Http) -> None:
     shown["cache_config"]["reclaim_strategy"]["trigger_strategy"]["used_percentage"] = 0.1
     http.ok("updateInstanceGroup", instance_group=shown | {"version": 2}, current_version=1)
     until = time.monotonic() + 2
-    while http.run(http.backend.usage("g"))["blocks"] > 1 and time.monotonic() < until:
+    while http.run(http.backend.ask("g", "usage"))["blocks"] > 1 and time.monotonic() < until:
         time.sleep(0.02)
-    assert http.run(http.backend.usage("g"))["blocks"] <= 1
+    assert http.run(http.backend.ask("g", "usage"))["blocks"] <= 1
 
 
 def test_metrics_count(http: Http) -> None:

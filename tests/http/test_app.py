@@ -155,7 +155,7 @@ def test_reads_are_reported_to_the_group_in_batches(http: Http) -> None:
     http.run(http.backend.flush_touches())
     told = [(t.keys.tolist(), t.lookups, t.chained) for t in http.backend.touched]
     assert told == [([1, 2], 3, True), ([], 1, True), ([3, 1], 3, False)]
-    usage = http.run(http.backend.usage("default"))
+    usage = http.run(http.backend.ask("default", "usage"))
     assert (usage["hit_blocks"], usage["lookup_blocks"]) == (4, 7)
 
 

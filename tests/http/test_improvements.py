@@ -163,7 +163,7 @@ def test_a_key_given_twice_is_stored_once(http: Http) -> None:
     http.register("i1")
     locations = http.write("i1", [5, 6, 5])
     assert locations[0] == locations[2] != locations[1]
-    assert http.run(http.backend.usage("default"))["blocks"] == 2
+    assert http.run(http.backend.ask("default", "usage"))["blocks"] == 2
 
 
 def test_quota_errors_name_the_quota_and_the_amounts(http: Http) -> None:
