@@ -1,6 +1,7 @@
 """How every actor of ours is made: named, detached, restarted by Ray without limit, found if it exists.
 
-Ray repeats no call by itself: the handles do, with the same event id.
+They run on the node of the process that makes them, because that is where the data directory is. Ray
+repeats no call by itself: the handles do, with the same event id.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvcm_ray.actors.names import NAMESPACE
 
@@ -18,6 +20,9 @@ def get_or_create(cls: type, name: str, *args: Any, **options: Any) -> Any:
     Args:
         options: more of Ray's actor options.
     """
-    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, **options)(cls)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(
+        num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here, **options
+    )(cls)
     named = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
     return actor.options(**named).remote(*args)

@@ -1,9 +1,10 @@
-"""Names of the actors. All are in one namespace of the manager's own Ray cluster."""
+"""Names of the actors. All are in one namespace of the Ray cluster that the manager runs in."""
 
 from __future__ import annotations
 
 NAMESPACE = "kvcm"
 REGISTRY = "registry"
+HOST = "manager"  #: of a manager inside a Ray cluster that others started
 
 
 def group_actor_name(group: str) -> str:

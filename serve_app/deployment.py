@@ -47,12 +47,21 @@ class Gateway:
         return build_asgi(self._data_dir)
 
 
-def build(data_dir: str | os.PathLike[str], *, replicas: int = REPLICAS) -> Application:
-    """The Serve application of the manager on `data_dir`."""
+def build(
+    data_dir: str | os.PathLike[str], *, replicas: int = REPLICAS, node_id: str | None = None
+) -> Application:
+    """The Serve application of the manager on `data_dir`.
+
+    Args:
+        node_id: of the data directory, where the cluster has several nodes.
+    """
+    options: dict[str, Any] = {"num_cpus": 0, "runtime_env": {"env_vars": _ENVIRONMENT}}
+    if node_id is not None:
+        options["label_selector"] = {"ray.io/node-id": node_id}
     deployment: Any = serve.deployment(
         name="gateway",
         num_replicas=replicas,
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _ENVIRONMENT}},
+        ray_actor_options=options,
         max_ongoing_requests=ONGOING_REQUESTS_MAX,
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
         health_check_period_s=5,

@@ -50,22 +50,36 @@ def _cluster() -> Any:
     "For a new data directory only.  [default: shm:256MiB, file:8GiB]",
 )
 @click.option("--replicas", type=click.IntRange(1, 64), default=2, show_default=True)
+@click.option(
+    "--ray-address", metavar="ADDRESS",
+    help="Run inside this Ray cluster (auto: the one of this machine), not in a private one. "
+    "Returns when it is ready; HTTP is that cluster's Serve.",
+)  # fmt: skip
+@click.option("--route-prefix", help="Of the HTTP API inside a Ray cluster.  [default: /kvcm]")
 @click.option("--detach", is_flag=True, help="Return when it is ready and leave it running.")
 @json_option
 def up(
-    data_dir: Path, port: int, host: str, tiers: tuple[str, ...], replicas: int, detach: bool,
-    as_json: bool,
+    data_dir: Path, port: int, host: str, tiers: tuple[str, ...], replicas: int, ray_address: str | None,
+    route_prefix: str | None, detach: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Start a manager; in the foreground, until Ctrl-C, unless --detach is given.
 
     kvcm up --data-dir ./kvcm-data --tier shm:1GiB --tier file:20GiB
+    kvcm up --ray-address auto         # next to what runs in this machine's Ray cluster
     """
     cluster = _cluster()
     try:
         cluster.parse_tiers(tiers, data_dir)
     except InvalidArgument as error:
         raise click.BadParameter(error.message, param_hint="--tier") from error
+    if route_prefix and not ray_address:
+        raise click.UsageError("--route-prefix goes with --ray-address")
     note(f"starting a manager on {data_dir} ...")
+    if ray_address:
+        prefix = {"route_prefix": route_prefix} if route_prefix else {}
+        manager = cluster.up_inside(data_dir, tiers, ray_address=ray_address, replicas=replicas, **prefix)
+        _announce(manager, data_dir, as_json, f"kvcm down{_where(data_dir)} stops it")
+        return EXIT_OK
     if detach:
         manager = cluster.up_detached(data_dir, port, tiers, host, replicas=replicas)
         _announce(manager, data_dir, as_json, f"kvcm down{_where(data_dir)} stops it")

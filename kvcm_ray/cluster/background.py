@@ -17,6 +17,7 @@ from kvcm_ray.actors.paths import manager_file, resolve, shm_dir
 from kvcm_ray.cluster import processes
 from kvcm_ray.cluster.defaults import parse_tiers
 from kvcm_ray.cluster.facts import DataDirLock, Manager, find, read_owner
+from kvcm_ray.cluster.inside import down_inside, is_inside
 from kvcm_ray.cluster.launch import check_port, clear_up_after
 from kvcm_ray.errors import InUse, Unavailable
 
@@ -101,6 +102,8 @@ def down(data_dir: str | os.PathLike[str], *, purge: bool = False) -> bool:
         Unavailable: it could not be stopped.
     """
     folder = resolve(data_dir)
+    if inside := is_inside(folder):
+        down_inside(inside)
     owner = read_owner(folder) if folder.is_dir() else None
     ran = owner is not None and owner.alive
     if owner is not None and ran:
@@ -112,7 +115,7 @@ def down(data_dir: str | os.PathLike[str], *, purge: bool = False) -> bool:
     if purge:
         shutil.rmtree(shm_dir(folder), ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
-    return ran
+    return ran or inside is not None
 
 
 def _await_end(pid: int, alive: object) -> None:

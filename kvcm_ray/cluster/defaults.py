@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kvcm_ray.actors.paths import shm_dir, tier_dir
 from kvcm_ray.core.model import (
@@ -30,10 +31,11 @@ from kvcm_ray.core.model import (
     TriggerStrategy,
     safe_name,
 )
-from kvcm_ray.errors import InvalidArgument
+from kvcm_ray.errors import GroupNotFound, InvalidArgument, Unavailable
 
 DEFAULT_GROUP = "default"
 DEFAULT_TIERS = ("shm:256MiB", "file:8GiB")
+READY_TIMEOUT_S = 90.0
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(iB|B|)", re.IGNORECASE)
 
@@ -152,3 +154,38 @@ def differences(
             "`kvcm group update` changes it"
         )
     return notes
+
+
+def apply(registry_actor: Any, tiers: Sequence[Tier], *, asked: bool, note: Callable[[str], None]) -> None:
+    """Wait for the registry, then make what a new data directory begins with.
+
+    Args:
+        asked: the tiers were given: say where what exists differs from them.
+
+    Raises:
+        Unavailable: the registry did not start.
+    """
+    import ray
+
+    from kvcm_ray.actors.handles import RegistryHandle
+
+    try:
+        ray.get(registry_actor.wait_ready.remote(), timeout=READY_TIMEOUT_S)
+    except ray.exceptions.RayError as error:
+        raise Unavailable(f"the registry did not start: {error}") from error
+    registry = RegistryHandle()
+    if not registry.call_sync("list_groups") and not registry.call_sync("list_storages"):
+        for tier in tiers:
+            registry.call_sync("add_storage", tier.storage)
+        registry.call_sync("create_group", default_group(tiers), timeout_s=60)
+    elif asked:
+        for sentence in differences(tiers, registry.call_sync("list_storages"), _default_group(registry)):
+            note(f"note: {sentence}")
+
+
+def _default_group(registry: Any) -> InstanceGroup | None:
+    try:
+        group: InstanceGroup = registry.call_sync("get_group", DEFAULT_GROUP)
+    except GroupNotFound:
+        return None
+    return group

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import importlib.metadata
 import json
 import os
 import time
@@ -39,6 +40,7 @@ class Manager:
     haproxy: bool
     ray_auth_mode: str
     version: str
+    inside: bool = False  #: a Ray cluster that others started; see `inside`
 
     @property
     def alive(self) -> bool:
@@ -74,9 +76,17 @@ def read_manager(data_dir: Path) -> Manager | None:
     """What ``manager.json`` says, whether the process lives or not."""
     try:
         plain = json.loads(manager_file(data_dir).read_bytes())
-        return Manager(**{f.name: plain[f.name] for f in dataclasses.fields(Manager)})
+        return Manager(**plain)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def version() -> str:
+    """Of this package."""
+    try:
+        return importlib.metadata.version("kvcm-ray")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"
 
 
 def write_manager(manager: Manager) -> None:

@@ -9,7 +9,6 @@ parent, and a reaper (`kvcm_ray.cluster.reaper`) ends the rest if this process i
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import logging
 import os
 import secrets
@@ -28,8 +27,8 @@ from typing import Any
 from kvcm_ray.actors.paths import manager_file, resolve
 from kvcm_ray.actors.reclaimer import RECLAIMERS_DEFAULT
 from kvcm_ray.cluster import defaults, environment, processes, reaper
-from kvcm_ray.cluster.facts import DataDirLock, Manager, Owner, read_owner, write_manager
-from kvcm_ray.errors import GroupNotFound, InUse, Unavailable, Unsupported
+from kvcm_ray.cluster.facts import DataDirLock, Manager, Owner, read_owner, version, write_manager
+from kvcm_ray.errors import InUse, Unavailable, Unsupported
 from kvcm_ray.index.lock import process_start
 
 log = logging.getLogger(__name__)
@@ -150,7 +149,7 @@ class _Launch:
         actor = registry.get_or_create(self.data_dir, self.options.reclaimers)
         serve.start(http_options={"host": self.options.host, "port": port})
         self._unless_stopped()
-        self._defaults(actor)
+        defaults.apply(actor, self.tiers, asked=bool(self.options.tiers), note=self.note)
         self._unless_stopped()
         self._serve(serve)
         url = f"http://{self.options.host}:{port}"
@@ -169,7 +168,7 @@ class _Launch:
             dashboard_url=f"http://{context['webui_url']}" if context.get("webui_url") else "",
             haproxy=self.binary is not None,
             ray_auth_mode=os.environ["RAY_AUTH_MODE"],
-            version=_version(),
+            version=version(),
         )
 
     def _start_ray(self) -> dict[str, Any]:
@@ -191,26 +190,6 @@ class _Launch:
         )
         self.note(f"Ray runs at {context.address_info['gcs_address']}")
         return dict(context.address_info)
-
-    def _defaults(self, actor: Any) -> None:
-        """Wait for the registry, then make what a new data directory begins with."""
-        import ray
-
-        from kvcm_ray.actors.handles import RegistryHandle
-
-        try:
-            ray.get(actor.wait_ready.remote(), timeout=READY_TIMEOUT_S)
-        except ray.exceptions.RayError as error:
-            raise Unavailable(f"the registry did not start: {error}") from error
-        registry = RegistryHandle()
-        if not registry.call_sync("list_groups") and not registry.call_sync("list_storages"):
-            for tier in self.tiers:
-                registry.call_sync("add_storage", tier.storage)
-            registry.call_sync("create_group", defaults.default_group(self.tiers), timeout_s=60)
-        elif self.options.tiers:
-            storages = registry.call_sync("list_storages")
-            for sentence in defaults.differences(self.tiers, storages, _group(registry)):
-                self.note(f"note: {sentence}")
 
     def _serve(self, serve: Any) -> None:
         from kvcm_ray.serve_app.deployment import build
@@ -247,7 +226,6 @@ class _Launch:
         if not processes.end_all(self.manager_id, timeout_s=10.0):
             log.error("processes of manager %s are still there", self.manager_id)
         processes.remove_temp_dir(str(self.temp_dir))
-
 
 
 def clear_up_after(data_dir: Path) -> None:
@@ -316,22 +294,8 @@ def _connectable(gcs_address: str) -> str:
     return f"LOCALHOST:{port}" if host == "127.0.0.1" else gcs_address
 
 
-def _group(registry: Any) -> Any:
-    try:
-        return registry.call_sync("get_group", defaults.DEFAULT_GROUP)
-    except GroupNotFound:
-        return None
-
-
 def _process_name(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return ""
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("kvcm-ray")
-    except importlib.metadata.PackageNotFoundError:
-        return "0+unknown"
