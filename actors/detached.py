@@ -21,8 +21,6 @@ def get_or_create(cls: type, name: str, *args: Any, **options: Any) -> Any:
         options: more of Ray's actor options.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = ray.remote(
-        num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here, **options
-    )(cls)
+    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, **options)(cls)
     named = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-    return actor.options(**named).remote(*args)
+    return actor.options(**named, scheduling_strategy=here).remote(*args)

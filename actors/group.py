@@ -75,6 +75,22 @@ class GroupActor:
         """The capacity report; see `GroupState.capacity`."""
         return await asyncio.wrap_future(self._service.capacity())
 
+    async def advice(self, factors: Sequence[float]) -> dict[str, Any]:
+        """What other quotas would give; see `Advisor.report`."""
+        return await asyncio.wrap_future(self._service.advice(factors))
+
+    async def record_start(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Begin to record accesses; see `Recorder.start`."""
+        return await asyncio.wrap_future(self._service.record_start(options))
+
+    async def record_stop(self) -> dict[str, Any]:
+        """End the recording; see `Recorder.stop`."""
+        return await asyncio.wrap_future(self._service.record_stop())
+
+    async def recordings(self) -> dict[str, Any]:
+        """``{"recordings": [...]}``; see `Recorder.list`."""
+        return await asyncio.wrap_future(self._service.recordings())
+
     def _end(self, why: str) -> None:
         log.error("%r: %s; ending process %d", self, why, os.getpid())
         os._exit(END_EXIT_CODE)

@@ -1,13 +1,14 @@
 """What a group's readers and writers do, handed to those who want to know, off the loop's thread.
 
 The loop only appends (`note`). A thread of its own makes `Observed` batches of it, once a second or when
-there is much, and gives them to the listeners in order. When the listeners are too slow for the traffic,
-requests are left out and counted; the loop never waits.
+there is much, puts them in order (`InOrder`: look-ups are reported late) and gives them to the listeners.
+When those are too slow for the traffic, requests are left out and counted; the loop never waits.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from kvcm_ray.core.observed import Observed
+from kvcm_ray.core.order import InOrder
 from kvcm_ray.core.requests import Keys, Reply, Request, StartWrite, Touch, WriteStarted
 from kvcm_ray.errors import KvcmError
 
@@ -60,6 +62,7 @@ class Observer:
         self._some = threading.Event()  #: there is something to hand over
         self._much = threading.Event()  #: and it should not wait
         self._ended = threading.Event()
+        self._order = InOrder()
         self._feeding = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -78,16 +81,23 @@ class Observer:
             if note is not None:
                 self._add(note)
 
-    def flush(self) -> None:
-        """Hand over what was noted so far, and wait until the listeners have it."""
+    def flush(self, *, all_of_it: bool = False) -> None:
+        """Hand over what was noted so far, and wait until the listeners have it; what is not older than
+        `LATE_S` only if all is wanted, because look-ups of before may still be reported."""
         with self._feeding:
+            now_s = math.inf if all_of_it else time.time()
             while self._notes:
-                observed = self._batch()
-                for listener in self._listeners:
-                    try:
-                        listener.feed(observed)
-                    except Exception:  # what one cannot take must not keep it from the others
-                        log.exception("%s could not take %d requests", listener, len(observed.counts))
+                self._hand_over(self._order.feed(self._batch(), now_s))
+            self._hand_over(self._order.feed(None, now_s))
+
+    def _hand_over(self, observed: Observed | None) -> None:
+        if observed is None:
+            return
+        for listener in self._listeners:
+            try:
+                listener.feed(observed)
+            except Exception:  # what one cannot take must not keep it from the others
+                log.exception("%s could not take %d requests", listener, len(observed.counts))
 
     def stop(self) -> None:
         """End the thread; waits for it. What was noted is handed over."""
@@ -96,7 +106,7 @@ class Observer:
         self._much.set()
         if self._thread is not None:
             self._thread.join()
-        self.flush()
+        self.flush(all_of_it=True)
 
     def _add(self, note: _Note) -> None:
         count = sum(map(len, note.parts))
@@ -119,6 +129,8 @@ class Observer:
             self._some.clear()
             self._much.clear()
             self.flush()
+            if self._order.holds:
+                self._some.set()
 
     def _batch(self) -> Observed:
         notes: list[_Note] = []
@@ -147,7 +159,8 @@ def _look_up(touch: Touch, now_s: float) -> _Note | None:
     held = touch.held if touch.held is not None else touch.keys[:0]
     parts = (held, touch.keys, touch.missed)
     found = len(held) + len(touch.keys)
-    return _Note(touch.instance_id, now_s, parts, False, False, found, len(held))
+    time_s = min(touch.time_s, now_s) if touch.time_s > 0 else now_s
+    return _Note(touch.instance_id, time_s, parts, False, False, found, len(held))
 
 
 def _write(request: StartWrite, answer: WriteStarted, now_s: float) -> _Note:

@@ -4,6 +4,7 @@
     D/registry/                  LMDB of storages, groups, instances, accounts
     D/groups/<group>/<instance>-<uid>/    index of one instance
     D/tiers/<storage>/           default place of file tiers
+    D/traces/                    recordings
     /dev/shm/kvcm-<hash of D>/<storage>/  default place of shm tiers
 """
 
@@ -52,3 +53,7 @@ def shm_dir(data_dir: Path) -> Path:
 
 def tier_dir(data_dir: Path, storage: str) -> Path:
     return data_dir / "tiers" / safe_name(storage)
+
+
+def traces_dir(data_dir: Path) -> Path:
+    return data_dir / "traces"

@@ -16,16 +16,18 @@ import queue
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from kvcm_ray.actors import paths
+from kvcm_ray.actors.advisor import Advisor
 from kvcm_ray.actors.chores import FAILED_PAUSE_MS, Chores, Pool
 from kvcm_ray.actors.engine import GroupEngine
 from kvcm_ray.actors.facts import Now
 from kvcm_ray.actors.observer import Observer
 from kvcm_ray.actors.prepare import Preparer
+from kvcm_ray.actors.recorder import Recorder
 from kvcm_ray.actors.sweep import remove_leftovers
 from kvcm_ray.actors.view import RegistryView
 from kvcm_ray.actors.waiting import WaitingWrites
@@ -96,10 +98,15 @@ class GroupService:
         self._stirred = True  #: since a reclaim step found nothing to do
         self._waiting = WaitingWrites()
         self._preparer = Preparer()
-        self.observer = Observer([])
         self.counters: Counter[str] = Counter()
         group = view.group(name)
         self.engine = GroupEngine(view.data_dir, group, view.storages(), self._registered())
+        self.advisor = Advisor()
+        self.recorder = Recorder(paths.traces_dir(view.data_dir), name, lambda: self.observer.dropped)
+        self.observer = Observer([self.advisor, self.recorder])
+        #: For what takes a while and needs nothing of the engine.
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix=f"aside-{name}")
+        self._weigh()
         self._chores = Chores(self.engine, pool, lambda: self._inbox.put(_Wake()))
         self._chores.configure(view.reclaimer_settings())
         self._sweep()
@@ -154,10 +161,27 @@ class GroupService:
         """The capacity report; see `GroupState.capacity`."""
         return self._ask(self.engine.capacity)
 
+    def advice(self, factors: Sequence[float]) -> Future[dict[str, Any]]:
+        """What other quotas would give; see `Advisor.report`."""
+        return self._aside.submit(self._advise, factors)
+
+    def record_start(self, options: dict[str, Any]) -> Future[dict[str, Any]]:
+        """See `Recorder.start`."""
+        return self._aside.submit(self.recorder.start, options)
+
+    def record_stop(self) -> Future[dict[str, Any]]:
+        """See `Recorder.stop`; all that was answered before is in the recording."""
+        return self._aside.submit(self._stop_recording)
+
+    def recordings(self) -> Future[dict[str, Any]]:
+        """``{"recordings": [...]}``; see `Recorder.list`."""
+        return self._aside.submit(lambda: {"recordings": self.recorder.list()})
+
     def stop(self) -> None:
         """End the loop and close everything; waits for it."""
         self._inbox.put(None)
         self._thread.join()
+        self._aside.shutdown()
 
     def _ask(self, work: Callable[[], Any]) -> Future[Any]:
         job = _Job(work, Future[Any]())
@@ -178,6 +202,7 @@ class GroupService:
             self._waiting.answer_all(Unavailable(f"group {self.name!r} has ended"))
             self._preparer.stop()
             self.observer.stop()
+            self.recorder.close()
             self.engine.close()
 
     def _step(self) -> bool:
@@ -275,6 +300,7 @@ class GroupService:
             info = registered.get(instance_id)
             if info is not None and info.instance_group_name == self.name:
                 self.engine.try_open_instance(info)
+                self._weigh()
 
     def _expire(self) -> None:
         """Sessions whose deadline is reached, before anybody can finish one of them."""
@@ -339,6 +365,15 @@ class GroupService:
         except KvcmError as error:
             log.warning("segment %s stays until the group starts again: %s", segment.path, error)
 
+    def _advise(self, factors: Sequence[float]) -> dict[str, Any]:
+        self.observer.flush()
+        sizes = {info.instance_id: info.block_bytes for info in self.engine.infos()}
+        return self.advisor.report(self.capacity().result(), sizes, factors)
+
+    def _stop_recording(self) -> dict[str, Any]:
+        self.observer.flush(all_of_it=True)
+        return self.recorder.stop()
+
     def _usage(self) -> dict[str, Any]:
         return {
             **self.engine.usage(),
@@ -349,6 +384,9 @@ class GroupService:
 
     # -------------------------------------------------------------------------------- registry
 
+    def _weigh(self) -> None:
+        self.advisor.weigh({info.instance_id: info.block_bytes for info in self.engine.infos()})
+
     def _registered(self) -> list[Any]:
         infos = self._view.instances().values()
         return [info for info in infos if info.instance_group_name == self.name]
@@ -357,6 +395,7 @@ class GroupService:
         self._chores.configure(self._view.reclaimer_settings())
         self.engine.configure(self._view.group(self.name), self._view.storages())
         self._follow_instances()
+        self._weigh()
         self._note(freed=True)
 
     def _follow_instances(self) -> None:

@@ -114,6 +114,49 @@ class GetCapacityResponse(CommonResponse):
     capacity: dict[str, Any] | None = None  #: numbers here are JSON numbers
 
 
+@dataclass(frozen=True, slots=True)
+class GetAdviceRequest(Request):
+    """What other quotas would be worth to a group (additive)."""
+
+    instance_group: str = ""
+    factors: tuple[Double, ...] = ()  #: multiples of the quota; 0.5, 1, 2 and 4 by default
+
+
+@dataclass(frozen=True, slots=True)
+class GetAdviceResponse(CommonResponse):
+    advice: dict[str, Any] | None = None  #: numbers here are JSON numbers
+
+
+@dataclass(frozen=True, slots=True)
+class StartRecordingRequest(Request):
+    """Write what a group is asked for into a trace file (additive)."""
+
+    instance_group: str = ""
+    instance_id: str = ""  #: only of this instance; "": of all
+    seconds: Double = 0.0  #: 0: until stopRecording
+    max_bytes: Int64 = 0  #: of the file; 0: 1 GiB
+    sample_rate: Double | None = None  #: of the blocks; all by default
+
+
+@dataclass(frozen=True, slots=True)
+class RecordingResponse(CommonResponse):
+    """The recording that was begun or ended; its `file` is on the group's node (additive)."""
+
+    recording: dict[str, Any] | None = None  #: numbers here are JSON numbers
+
+
+@dataclass(frozen=True, slots=True)
+class RecordingsRequest(Request):
+    """stopRecording, listRecordings (additive)."""
+
+    instance_group: str = ""  #: for the list, "": of all groups
+
+
+@dataclass(frozen=True, slots=True)
+class ListRecordingsResponse(CommonResponse):
+    recordings: tuple[dict[str, Any], ...] = ()
+
+
 # ------------------------------------------------------------------------------------ instances
 
 

@@ -13,6 +13,7 @@ from kvcm_ray.serve_app import handlers_admin as admin
 from kvcm_ray.serve_app import handlers_capacity as capacity
 from kvcm_ray.serve_app import handlers_hot as hot
 from kvcm_ray.serve_app import handlers_meta as meta
+from kvcm_ray.serve_app import handlers_traces as traces
 from kvcm_ray.serve_app import messages as m
 from kvcm_ray.serve_app.endpoint import Endpoint, Handler
 
@@ -155,6 +156,17 @@ ADMIN = (
     _admin("GetCapacity", a.GetCapacityRequest, a.GetCapacityResponse, capacity.get_capacity,
            "Capacity retrieved successfully", "Failed to get capacity",
            {"instance_group": "default"}),
+    _admin("GetAdvice", a.GetAdviceRequest, a.GetAdviceResponse, capacity.get_advice,
+           "Advice retrieved successfully", "Failed to get advice",
+           {"instance_group": "default", "factors": [0.5, 1, 2, 4]}),
+    _admin("StartRecording", a.StartRecordingRequest, a.RecordingResponse, traces.start_recording,
+           "Recording started successfully", "Failed to start recording",
+           {"instance_group": "default", "seconds": 600, "sample_rate": 1}),
+    _admin("StopRecording", a.RecordingsRequest, a.RecordingResponse, traces.stop_recording,
+           "Recording stopped successfully", "Failed to stop recording",
+           {"instance_group": "default"}),
+    _admin("ListRecordings", a.RecordingsRequest, a.ListRecordingsResponse, traces.list_recordings,
+           "Recordings listed successfully", "Failed to list recordings", {"instance_group": ""}),
     _admin("RollbackInstance", a.RollbackInstanceRequest, a.CommonResponse,
            capacity.rollback_instance, "Instance rolled back successfully",
            "Failed to roll back instance", {"instance_id": "i2"}),

@@ -1,4 +1,4 @@
-"""Our calls about capacity: leases and pins, drains, the report, upgrades, the reclaimers."""
+"""Our calls about capacity: leases and pins, drains, report and advice, upgrades, the reclaimers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from secrets import token_hex
 from typing import Any
 
+from kvcm_ray.actors.advisor import FACTORS
 from kvcm_ray.core.model import ReclaimerSettings
 from kvcm_ray.core.requests import LeaseBlocks, Leased, PinBlocks, Pinned, UnpinBlocks
 from kvcm_ray.errors import InvalidArgument
@@ -77,6 +78,13 @@ async def get_capacity(call: Call) -> dict[str, Any]:
     require("GetCapacity", call.request, "instance_group")
     group = call.backend.group(call.request.instance_group)
     return {"capacity": await call.backend.ask(group.name, "capacity")}
+
+
+async def get_advice(call: Call) -> dict[str, Any]:
+    require("GetAdvice", call.request, "instance_group")
+    request: a.GetAdviceRequest = call.request
+    group = call.backend.group(request.instance_group)
+    return {"advice": await call.backend.ask(group.name, "advice", request.factors or FACTORS)}
 
 
 async def rollback_instance(call: Call) -> dict[str, Any]:

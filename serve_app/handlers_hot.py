@@ -7,6 +7,7 @@ location on a storage that is disabled or not registered any more is a miss.
 from __future__ import annotations
 
 import secrets
+import time
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def _prefix_match(call: Call, request: m.GetCacheLocationRequest, keys: Keys) ->
     encoder = call.backend.encoder(call.instance)
     inside, length = encoder.encode_prefix(found, reader.segment, call.storages, request.location_spec_names)
     if whole:
-        _touch(call, keys[:length], len(keys), missed=keys[length:], held=held)
+        _touch(call, keys[:length], len(keys), missed=keys[length:], held=held, time_s=time.time())
     else:
         _touch(call, keys[:length], len(keys))
     return inside

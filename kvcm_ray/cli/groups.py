@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
+import json
+from typing import Any, TextIO
 
 import click
 
@@ -21,7 +23,7 @@ from kvcm_ray.cli.output import (
 from kvcm_ray.cli.target import Api, Target, open_api, target_options
 from kvcm_ray.cli.values import FRACTION, SECONDS
 from kvcm_ray.core.model import CachePreferStrategy, ReclaimPolicy, StorageType
-from kvcm_ray.errors import GroupNotFound
+from kvcm_ray.errors import GroupNotFound, InvalidArgument
 
 Json = dict[str, Any]
 
@@ -137,6 +139,52 @@ def _with_group_options(function: Any) -> Any:
     return function
 
 
+def _from_file(source: TextIO) -> Json:
+    """Values of `group_options` from a JSON object whose fields have the names of the options.
+
+    Raises:
+        InvalidArgument: it is no such object, a field is no option, or its value is none for it.
+    """
+    try:
+        fields = json.load(source)
+    except ValueError as error:
+        raise InvalidArgument(f"{source.name} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise InvalidArgument(f"{source.name} must hold a JSON object with names of options")
+    known = _options_by_name()
+    found: Json = {}
+    for field, value in fields.items():
+        option = known.get(field.replace("_", "-"))
+        if option is None:
+            near = difflib.get_close_matches(field.replace("_", "-"), known, 1)
+            meant = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            raise InvalidArgument(f"{source.name}: {field!r} is no option of a group; {meant}")
+        found[option.name] = _value(option, value, f"{source.name}: {field}")
+    return found
+
+
+def _options_by_name() -> dict[str, click.Option]:
+    @_with_group_options
+    def carrier() -> None: ...
+
+    return {option.opts[0].lstrip("-"): option for option in carrier.__click_params__}
+
+
+def _value(option: click.Option, value: Any, where: str) -> Any:
+    """What the option makes of a JSON value; numbers are read as if they had been typed."""
+    single = isinstance(value, str | int | float) and not isinstance(value, bool)
+    try:
+        if option.multiple and isinstance(value, list) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        if option.multiple or not single:
+            raise click.BadParameter(
+                f"{value!r} is not {'a list of names' if option.multiple else 'a value'}"
+            )
+        return option.type.convert(str(value), option, None)
+    except click.BadParameter as error:
+        raise InvalidArgument(f"{where}: {error.message}") from error
+
+
 @group.command("create")
 @click.argument("name")
 @_with_group_options
@@ -169,14 +217,24 @@ def group_create(name: str, target: Target, as_json: bool, **options: Any) -> No
 
 @group.command("update")
 @click.argument("name")
+@click.option(
+    "--from",
+    "source",
+    type=click.File(),
+    help="JSON file with values for options of these names, as `kvcm optimize --group` writes it; what is "
+    "also given as an option counts. - is standard input.",
+)
 @_with_group_options
 @target_options
 @json_option
-def group_update(name: str, target: Target, as_json: bool, **options: Any) -> None:
+def group_update(name: str, source: TextIO | None, target: Target, as_json: bool, **options: Any) -> None:
     """Change what is given and leave the rest; it acts at once.
 
     kvcm group update chat --quota 9GiB --policy adaptive --high-water 95% --low-water 90%
     """
+    if source is not None:
+        given = {option: value for option, value in options.items() if value not in (None, ())}
+        options |= _from_file(source) | given
     if not any(value not in (None, ()) for value in options.values()):
         raise click.UsageError("nothing to change: give at least one option")
     with open_api(target) as api:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import click
 
 from kvcm_ray.cli import (
+    advise,
     bench,
     capacity,
     demo,
@@ -22,9 +23,12 @@ from kvcm_ray.cli import (
     groups,
     instances,
     lifecycle,
+    optimize,
     replay,
+    simulate,
     status,
     storages,
+    traces,
 )
 from kvcm_ray.cli.output import EXIT_FAILED, EXIT_OK, EXIT_USAGE, fail
 from kvcm_ray.errors import InvalidArgument, KvcmError, Unsupported
@@ -46,12 +50,16 @@ for _command in (
     lifecycle.down,
     status.status,
     capacity.capacity,
+    advise.advise,
     groups.group,
     storages.storage,
     instances.instance,
     capacity.pin,
     capacity.reclaimer,
     replay.replay,
+    optimize.optimize,
+    simulate.simulate,
+    traces.trace,
     fsck.fsck,
     bench.bench,
     demo.demo,

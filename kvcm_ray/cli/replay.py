@@ -82,9 +82,9 @@ class Speed(click.ParamType):  # type: ignore[type-arg]
 def replay(trace: str, target: Target, as_json: bool, **options: Any) -> int:
     """Replay TRACE: look up, read and verify hits, write misses.
 
-    TRACE is a file of JSON lines (Mooncake or Qwen-Bailian format, .gz or not), or the name of a
-    bundled one: conversation, synthetic. Exit code 4 if any byte was wrong or a found block could
-    not be read, 1 if blocks could not be stored.
+    TRACE is a file of JSON lines (Mooncake, Qwen-Bailian, Tair events, or what `kvcm trace` makes; .gz or
+    not), or the name of a bundled one: conversation, synthetic. Exit code 4 if any byte was wrong or a found
+    block could not be read, 1 if blocks could not be stored.
     """
     if options["wrap"] and not options["seconds"]:
         raise click.UsageError("--wrap needs --seconds, or it would never end")

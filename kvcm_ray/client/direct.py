@@ -338,7 +338,9 @@ class DirectBackend:
 
     def _touch_prefix(self, info: InstanceInfo, keys: Keys, length: int) -> None:
         """Of the whole prompt that was asked for, so many blocks were found."""
-        self._touch(info, Touch(info.instance_id, keys[:length], len(keys), missed=keys[length:]))
+        self._touch(info, Touch(
+            info.instance_id, keys[:length], len(keys), missed=keys[length:], time_s=time.time()
+        ))
 
     def _touch(self, info: InstanceInfo, touch: Touch) -> None:
         if touch.lookups and self._successor is None:

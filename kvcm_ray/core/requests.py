@@ -121,6 +121,7 @@ class Touch:
     #: Of the look-up of a whole prompt: what was asked behind `keys`, in vain. None for others.
     missed: Keys | None = None
     held: Keys | None = None  #: and what the engine had itself, before `keys`
+    time_s: float = 0.0  #: unix time of the look-up; 0: when the group hears of it
 
 
 @dataclass(frozen=True, slots=True)

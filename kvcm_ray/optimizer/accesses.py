@@ -9,19 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from kvcm_ray.errors import InvalidArgument
+from kvcm_ray.traces.formats import READ, REQUEST, WRITE
+from kvcm_ray.traces.keys import F64, I32, I64, U8, Flags, offsets_of, places
 
-I32 = npt.NDArray[np.int32]
-I64 = npt.NDArray[np.int64]
-F64 = npt.NDArray[np.float64]
-U8 = npt.NDArray[np.uint8]
-Flags = npt.NDArray[np.bool_]
-
-READ = 1  #: looks up, and uses what it finds
-WRITE = 2  #: puts in what is missing
-REQUEST = READ | WRITE  #: both, one right after the other
+__all__ = ["F64", "I32", "I64", "READ", "REQUEST", "U8", "WRITE", "Accesses", "Flags", "offsets_of", "places"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +37,8 @@ class Accesses:
     class_names: tuple[str, ...]
     block_tokens: int  #: tokens of a full block; 0 if unknown
     chained: bool  #: each block always comes after the same block, as prefix keys do
+    #: k of a recording that has only one of 2**k blocks in a row behind the first one of each prompt
+    sample_level: int = 0
 
     @property
     def requests(self) -> int:
@@ -94,16 +89,3 @@ class Accesses:
             instances=self.instances[rows],
             classes=self.classes[rows],
         )
-
-
-def places(offsets: I64) -> I32:
-    """(m,) index of each access within its request."""
-    counts = np.diff(offsets)
-    return (np.arange(offsets[-1]) - np.repeat(offsets[:-1], counts)).astype(np.int32)
-
-
-def offsets_of(counts: I64) -> I64:
-    """(n + 1,) where each run of `counts` begins, and the end of the last."""
-    offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
-    return offsets

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcm_ray.errors import InvalidArgument
-from kvcm_ray.optimizer.accesses import F64, I32, I64, Accesses
+from kvcm_ray.optimizer.accesses import F64, I32, I64, READ, Accesses
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Curve:
 def hit_curve(
     accesses: Accesses, *, partial_first: bool = False, weights: npt.NDArray[np.float64] | None = None
 ) -> Curve:
-    """Exact hits of leaf-first LRU at every capacity.
+    """Hits of leaf-first LRU at every capacity: exact, but see above if not all is looked up and written.
 
     Args:
         partial_first: partial last blocks that were seen once only leave before all others. (The live
@@ -64,39 +64,44 @@ def hit_curve(
         weights: (m,) what a hit of each access is worth, tokens or FLOPs; a block each by default.
 
     Raises:
-        InvalidArgument: the trace has look-ups without writes, or writes without look-ups. What those
-            touch depends on the capacity: use `replay`.
+        InvalidArgument: not as many weights as accesses.
     """
     distances = stack_distances(accesses, partial_first=partial_first)
     if weights is not None and weights.shape != distances.shape:
         raise InvalidArgument(f"{len(distances)} accesses need as many weights, not {weights.shape}")
-    accessed = float(len(distances)) if weights is None else float(weights.sum())
+    accessed = looked_up(accesses, weights)
     counts = np.bincount(distances, weights)
     counts[:1] = 0
     steps = np.flatnonzero(counts)
     return Curve(steps, np.cumsum(counts[steps]), accessed)
 
 
-def stack_distances(accesses: Accesses, *, partial_first: bool = False) -> I32:
-    """(m,) the smallest capacity in blocks at which each access hits; 0 if there is none.
+def looked_up(accesses: Accesses, weights: F64 | None = None) -> float:
+    """How many accesses look up, or what those weigh together."""
+    reads = (accesses.ops & READ) > 0
+    if weights is None:
+        return float(accesses.lengths[reads].sum())
+    return float(weights[np.repeat(reads, accesses.lengths)].sum())
 
-    Raises:
-        InvalidArgument: as `hit_curve`.
-    """
+
+def stack_distances(accesses: Accesses, *, partial_first: bool = False) -> I32:
+    """(m,) the smallest capacity in blocks at which each access hits; 0 if there is none, or it only
+    writes."""
     from kvcm_ray.optimizer.kernels import curve
 
-    _only_whole_requests(accesses)
     partial = accesses.partial if partial_first else np.zeros_like(accesses.partial)
-    return curve.stack_distances(accesses.blocks, accesses.offsets, partial, accesses.unique)
+    trace = accesses.blocks, accesses.offsets, accesses.ops
+    return curve.stack_distances(*trace, partial, accesses.unique)
 
 
 def optimum(accesses: Accesses, capacities: Sequence[int]) -> I64:
     """Hit blocks of the offline optimum at each capacity: shape ``(len(capacities),)``.
 
-    Exact for a trace that is `chained`, an upper bound for others.
+    Exact for a trace that is `chained` and `whole`. An upper bound for others: a block that only a
+    look-up missed may count as there.
 
     Raises:
-        InvalidArgument: a capacity is not positive, or as `hit_curve`.
+        InvalidArgument: a capacity is not positive.
     """
     return np.array([hits.sum() for hits in optimum_hits(accesses, capacities)], np.int64)
 
@@ -105,10 +110,9 @@ def optimum_hits(accesses: Accesses, capacities: Sequence[int]) -> list[I32]:
     """For each capacity, the hit blocks of each request: shape ``(n,)``."""
     from kvcm_ray.optimizer.kernels import curve
 
-    _only_whole_requests(accesses)
     for capacity in capacities:
         positive(capacity)
-    nexts = curve.next_uses(accesses.blocks, accesses.unique)
+    nexts = curve.next_uses(accesses.blocks, accesses.offsets, accesses.ops, accesses.unique)
     return [curve.optimum_hits(nexts, accesses.offsets, capacity) for capacity in capacities]
 
 
@@ -116,11 +120,3 @@ def positive(capacity: int) -> None:
     """Raises InvalidArgument if a capacity is not at least one block."""
     if capacity < 1:
         raise InvalidArgument(f"a capacity must be at least one block, got {capacity}")
-
-
-def _only_whole_requests(accesses: Accesses) -> None:
-    if not accesses.whole:
-        raise InvalidArgument(
-            "the trace has look-ups and writes of their own, whose effect depends on the capacity",
-            hint="Replay it at the capacities that you want to know.",
-        )

@@ -10,35 +10,31 @@ A bad line is an error that names the file and the line; nothing is skipped sile
 
 from __future__ import annotations
 
-import gzip
-import io
 import os
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from kvcm_ray.errors import InvalidArgument
-from kvcm_ray.optimizer.accesses import I32, I64, REQUEST, Accesses, Flags, offsets_of, places
-from kvcm_ray.optimizer.formats import HEADER, OPS, Batch, Format, Kvcm, format_of
-from kvcm_ray.traces import BUNDLED, bundled
-from kvcm_ray.traces.keys import mix64
+from kvcm_ray.optimizer.accesses import I32, I64, REQUEST, Accesses, Flags, offsets_of
+from kvcm_ray.traces import files, writing
+from kvcm_ray.traces.batch import Batch, joined_held
+from kvcm_ray.traces.files import resolve
+from kvcm_ray.traces.formats import HEADER, Format, Kvcm
+from kvcm_ray.traces.keys import Labels, keys_apart
 
 CACHE_FOLDER = ".kvcm_cache"
-_CACHE_VERSION = 1
-_READ_BYTES = 4 << 20
-_GZIP_MAGIC = b"\x1f\x8b"
+_CACHE_VERSION = 2
 _ACCESSES_MAX = (1 << 31) - 1  #: ids and positions are 32-bit
-_OP_NAMES = {op: name for name, op in OPS.items()}
-_BAD_RECORD = (ValueError, KeyError, TypeError, OverflowError)
+_SAVE_REQUESTS = 1024  #: that are turned into text at once
 
 
 def load(path: str | Path, *, cache: bool = True) -> Accesses:
@@ -97,43 +93,15 @@ def of_requests(
     return rows.joined(numbering.finish())
 
 
-def resolve(path: str | Path) -> Path:
-    """The file that `path` names: a file, or a bundled trace.
-
-    Raises:
-        InvalidArgument: there is neither.
-    """
-    file = Path(path)
-    if file.is_file():
-        return file
-    if str(path) not in BUNDLED:
-        raise InvalidArgument(f"no trace file {str(file)!r}; bundled traces are {', '.join(BUNDLED)}")
-    return bundled(str(path))
-
-
 def read_batches(file: Path) -> Iterator[tuple[Format, Batch]]:
-    """The records of a trace, some thousand at a time, in the order in which they are decoded.
+    """The records of a trace, some thousand at a time; see `traces.files.read_batches`.
 
     Raises:
         InvalidArgument: as `load`.
     """
-    form: Format | None = None
-    number = 1
-    with _open(file) as stream:
-        while lines := stream.readlines(_READ_BYTES):
-            try:
-                records = [orjson.loads(line) for line in lines if not line.isspace()]
-                if form is None and records:
-                    form, header = format_of(records[0])
-                    records = records[header:]
-                if form is not None:
-                    yield form, form.decode(records)
-            except _BAD_RECORD as error:
-                raise _bad_line(file, form, lines, number) from error
-            number += len(lines)
-    if form is None:
-        raise InvalidArgument(f"the trace {file} is empty")
-    yield form, form.rest()
+    from kvcm_ray.optimizer.kernels import load
+
+    return files.read_batches(file, load.chain)
 
 
 def save(accesses: Accesses, path: str | Path) -> None:
@@ -142,67 +110,29 @@ def save(accesses: Accesses, path: str | Path) -> None:
     Raises:
         InvalidArgument: the file cannot be written.
     """
-    file = Path(path)
+    more = {"sample_level": accesses.sample_level} if accesses.sample_level else {}
+    first = writing.header(accesses.block_tokens, **more)
+    writing.write_trace(path, first, _batches(accesses))
+
+
+def _batches(accesses: Accesses) -> Iterator[Batch]:
     keys = keys_apart(accesses.keys[accesses.blocks], accesses.lengths, accesses.instances)
-    try:
-        with gzip.open(file, "wb", 6) if file.suffix == ".gz" else file.open("wb") as out:
-            out.write(orjson.dumps(HEADER | {"block_tokens": accesses.block_tokens}) + b"\n")
-            for request in range(accesses.requests):
-                out.write(orjson.dumps(_record(accesses, request, keys)) + b"\n")
-    except OSError as error:
-        raise InvalidArgument(f"cannot write the trace {file}: {error}") from error
-
-
-def _record(accesses: Accesses, request: int, keys: I64) -> dict[str, Any]:
-    start, end = accesses.offsets[request], accesses.offsets[request + 1]
-    record: dict[str, Any] = {
-        "time_us": round(float(accesses.times_s[request]) * 1e6),
-        "op": _OP_NAMES[int(accesses.ops[request])],
-        "keys": keys[start:end].tolist(),
-        "instance": accesses.instance_names[accesses.instances[request]],
-        "class": accesses.class_names[accesses.classes[request]],
-        "turn": int(accesses.turns[request]),
-        "input_tokens": int(accesses.input_tokens[request]),
-        "output_tokens": int(accesses.output_tokens[request]),
-        "partial": bool(accesses.partial[request]),
-    }
-    if len(accesses.held):
-        record["held"] = accesses.held[start:end].tolist()
-    return record
-
-
-# ------------------------------------------------------------------------------------- reading
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[IO[bytes]]:
-    try:
-        with file.open("rb") as raw:
-            packed = raw.peek(2)[:2] == _GZIP_MAGIC
-            if packed:
-                yield io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)), 1 << 20)
-            else:
-                yield raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise InvalidArgument(f"cannot read the trace {file}: {error}") from error
-
-
-def _bad_line(file: Path, form: Format | None, lines: list[bytes], number: int) -> InvalidArgument:
-    """Which of these lines, the first of which has this number, is bad, and why."""
-    for at, line in enumerate(lines, number):
-        if line.isspace():
-            continue
-        try:
-            record = orjson.loads(line)
-            header = False
-            if form is None:
-                form, header = format_of(record)
-            if not header:
-                form.decode([record])
-        except _BAD_RECORD as error:
-            cause = f"missing {error}" if isinstance(error, KeyError) else str(error)
-            return InvalidArgument(f"{file}, line {at}: {cause}")
-    raise AssertionError("lines that are bad together are bad one by one")
+    for start in range(0, accesses.requests, _SAVE_REQUESTS):
+        rows = slice(start, start + _SAVE_REQUESTS)
+        of = slice(*accesses.offsets[rows.start : rows.stop + 1][[0, -1]].tolist())
+        yield Batch(
+            keys=keys[of],
+            counts=accesses.lengths[rows],
+            times_s=accesses.times_s[rows],
+            input_tokens=accesses.input_tokens[rows],
+            output_tokens=accesses.output_tokens[rows],
+            partial=accesses.partial[rows],
+            ops=accesses.ops[rows],
+            turns=accesses.turns[rows],
+            instances=[accesses.instance_names[i] for i in accesses.instances[rows].tolist()],
+            classes=[accesses.class_names[i] for i in accesses.classes[rows].tolist()],
+            held=accesses.held[of],
+        )
 
 
 def _parse(file: Path) -> Accesses:
@@ -213,24 +143,6 @@ def _parse(file: Path) -> Accesses:
         if numbering.accesses > _ACCESSES_MAX:
             raise InvalidArgument(f"the trace {file} has more than {_ACCESSES_MAX} accesses; sample it")
     return rows.joined(numbering.finish())
-
-
-class Labels:
-    """Names by number, in order of appearance."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-
-    def number(self, names: list[str], count: int) -> I32:
-        """The number of each of `count` names; of none, the number of the empty name."""
-        numbers = self._numbers
-        if not names:
-            return np.full(count, numbers.setdefault("", len(numbers)) if count else 0, np.int32)
-        return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int32)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._numbers) or ("",)
 
 
 class Numbering:
@@ -266,18 +178,6 @@ class Numbering:
             self._kernels.rebuild(self._table, self._known[: self._count])
 
 
-def keys_apart(keys: I64, counts: I64, instances: I32) -> I64:
-    """The keys (m,) of some requests (n,), those of different instances made different.
-
-    Those of instance 0, which may be all, stay as they are. Done twice it undoes itself.
-    """
-    if not instances.any():
-        return keys
-    apart = mix64(instances.astype(np.uint64))
-    apart[instances == 0] = 0
-    return keys ^ np.repeat(apart, counts).view(np.int64)
-
-
 class _Rows:
     """Batches with their labels and ids, to be joined at the end."""
 
@@ -296,11 +196,14 @@ class _Rows:
         self._batches.append(replace(batch, keys=batch.keys[:0], instances=[], classes=[]))
 
     def joined(self, keys: I64) -> Accesses:
-        """One `Accesses`, in the order of time if the format asks for that, without repeats."""
+        """One `Accesses`, without repeats within a request."""
         form = self.form
         assert form is not None, "a trace has a format"
         counts = self._column("counts")
-        blocks, held = np.concatenate(self._blocks), self._held()
+        held = joined_held(
+            [(batch.held, len(blocks)) for batch, blocks in zip(self._batches, self._blocks, strict=True)]
+        )
+        blocks = np.concatenate(self._blocks)
         self._blocks.clear()
         rows = {
             name: self._column(name)
@@ -308,38 +211,15 @@ class _Rows:
         }
         rows["instances"] = np.concatenate([instances for instances, _ in self._labels])
         rows["classes"] = np.concatenate([classes for _, classes in self._labels])
-        if not form.ordered:
-            order = np.argsort(rows["times_s"], kind="stable")
-            rows = {name: column[order] for name, column in rows.items()}
-            at = _access_order(counts, order)
-            counts, blocks, held = counts[order], blocks[at], held[at] if len(held) else held
         counts, blocks, held = _without_repeats(counts, blocks, held, len(keys))
         return _made(
             **rows, blocks=blocks, offsets=offsets_of(counts), held=held, keys=keys,
             instance_names=self._instances.names, class_names=self._classes.names,
-            block_tokens=form.block_tokens,
+            block_tokens=form.block_tokens, sample_level=form.sample_level,
         )  # fmt: skip
 
     def _column(self, name: str) -> npt.NDArray[Any]:
         return np.concatenate([getattr(batch, name) for batch in self._batches])
-
-    def _held(self) -> Flags:
-        """Flags of all accesses, or none at all if no batch has any."""
-        if not any(len(batch.held) for batch in self._batches):
-            return np.zeros(0, np.bool_)
-        return np.concatenate(
-            [
-                batch.held if len(batch.held) else np.zeros(len(blocks), np.bool_)
-                for batch, blocks in zip(self._batches, self._blocks, strict=True)
-            ]
-        )
-
-
-def _access_order(counts: I64, order: I64) -> I64:
-    """Where each access was before its requests were put in this order."""
-    starts = offsets_of(counts)[:-1][order]
-    counts = counts[order]
-    return np.repeat(starts, counts) + places(offsets_of(counts))
 
 
 def _without_repeats(counts: I64, blocks: I32, held: Flags, unique: int) -> tuple[I64, I32, Flags]:
@@ -384,7 +264,9 @@ def _cached(file: Path, stamp: I64) -> Accesses | None:
         return None
     for name in ("instance_names", "class_names"):
         arrays[name] = tuple(arrays[name].tolist())
-    arrays["block_tokens"], arrays["chained"] = int(arrays["block_tokens"]), bool(arrays["chained"])
+    for name in ("block_tokens", "sample_level"):
+        arrays[name] = int(arrays[name])
+    arrays["chained"] = bool(arrays["chained"])
     return Accesses(**arrays)
 
 

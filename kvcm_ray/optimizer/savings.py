@@ -1,4 +1,4 @@
-"""From hits to prefill FLOPs, GPU-hours and money.
+"""From hits to prefill FLOPs.
 
 A token at position t of a prompt costs ``2 P`` FLOPs for the weights (a multiplication and an addition
 for each of P parameters) and, in each of L layers, ``4 D t`` for attention: ``2 D t`` for the products
@@ -10,103 +10,29 @@ d, positions ``d B`` to ``d B + B``:
     2 P B + 4 L D B (d B + B / 2)
 
 and over the first T tokens of a prompt ``2 P T + 2 L D T**2``. A hit saves this; what it costs to read
-the block instead is not in here. Grouped-query attention makes keys smaller, not the products fewer.
-For a mixture of experts, P is what one token uses.
+the block instead is a matter of `economics`. Grouped-query attention makes keys smaller, not the
+products fewer. For a mixture of experts, P is what one token uses. Where values have another head size
+than keys (MLA), D is the mean of both widths; prefill makes whole keys and values from the latent.
 
-Catalogues hold published facts. Prices and utilisation are not among them: they are arguments.
+Not in the formula: normalisations and softmax (a few percent at most), and that P counts the embedding,
+which multiplies nothing, and the output layer, which prefill needs for one token only. Counting those two
+makes the FLOPs of llama-3-70b 3 % too many, of llama-3-8b 13 %, of the smallest models over a quarter.
+
+A prompt that hits as a whole still needs its last token computed, to have something to go on from; that
+is left out, being one token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcm_ray.errors import InvalidArgument
-from kvcm_ray.optimizer.accesses import F64, I64, Accesses
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """A decoder-only transformer with full attention in all layers."""
-
-    name: str
-    parameters: float  #: that a token uses
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    parameters_total: float = 0  #: of all experts; 0: the same
-
-    @property
-    def attention_width(self) -> int:
-        return self.heads * self.head_size
-
-    def kv_bytes_per_token(self, value_bytes: float = 2) -> float:
-        """Keys and values of all layers; `value_bytes` is 2 for bf16 and fp16, 1 for fp8."""
-        return 2 * self.layers * self.kv_heads * self.head_size * value_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    name: str
-    peak_flops: float  #: FLOP/s, dense bf16 on tensor cores (data sheets often give twice that: sparse)
-    memory_bytes: int
-    memory_bytes_per_s: float
-
-
-def _model(
-    name: str, billions: float, layers: int, heads: int, kv_heads: int, head_size: int = 128, total: float = 0
-) -> Model:
-    return Model(
-        name=name, parameters=billions * 1e9, layers=layers, heads=heads, kv_heads=kv_heads,
-        head_size=head_size, parameters_total=(total or billions) * 1e9,
-    )  # fmt: skip
-
-
-#: From the model cards and configuration files that the makers publish with the weights.
-MODELS = {
-    model.name: model
-    for model in (
-        _model("llama-2-7b", 6.74, 32, 32, 32),
-        _model("llama-3-8b", 8.03, 32, 32, 8),
-        _model("llama-3-70b", 70.6, 80, 64, 8),
-        _model("llama-3.1-405b", 405, 126, 128, 8),
-        _model("mistral-7b", 7.24, 32, 32, 8),
-        _model("mixtral-8x7b", 12.9, 32, 32, 8, total=46.7),
-        _model("qwen2.5-7b", 7.61, 28, 28, 4),
-        _model("qwen2.5-14b", 14.7, 48, 40, 8),
-        _model("qwen2.5-32b", 32.5, 64, 40, 8),
-        _model("qwen2.5-72b", 72.7, 80, 64, 8),
-        _model("qwen3-8b", 8.2, 36, 32, 8),
-        _model("qwen3-32b", 32.8, 64, 64, 8),
-        _model("qwen3-30b-a3b", 3.3, 48, 32, 4, total=30.5),
-    )
-}
-
-
-def _gpu(name: str, teraflops: float, gigabytes: int, gigabytes_per_s: float) -> Gpu:
-    return Gpu(
-        name=name, peak_flops=teraflops * 1e12, memory_bytes=gigabytes * 10**9,
-        memory_bytes_per_s=gigabytes_per_s * 1e9,
-    )  # fmt: skip
-
-
-#: From the data sheets of NVIDIA; where those give figures with sparsity, half of it.
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        _gpu("h200", 989.5, 141, 4800),
-        _gpu("h100", 989.5, 80, 3350),
-        _gpu("h100-pcie", 756.5, 80, 2000),
-        _gpu("a100-80gb", 312, 80, 2039),
-        _gpu("a100-40gb", 312, 40, 1555),
-        _gpu("l40s", 362, 48, 864),
-        _gpu("l4", 121, 24, 300),
-        _gpu("a10", 125, 24, 600),
-    )
-}
+from kvcm_ray.optimizer.accesses import F64, I32, I64, Accesses
+from kvcm_ray.optimizer.catalogue import Model
 
 
 def block_flops(model: Model, block_tokens: int, depths: npt.ArrayLike) -> F64:
@@ -121,20 +47,75 @@ def prefix_flops(model: Model, tokens: npt.ArrayLike) -> F64:
     return np.asarray(count * (2 * model.parameters + 2 * model.layers * model.attention_width * count))
 
 
+def prompt_tokens(accesses: Accesses) -> I64:
+    """(n,) length of each prompt; that of its blocks where the trace does not say.
+
+    Raises:
+        InvalidArgument: the trace does not say how many tokens a block has, or holds a sample of blocks.
+    """
+    if not accesses.block_tokens:
+        raise InvalidArgument(
+            "the trace does not say how many tokens a block has",
+            hint="Say it: dataclasses.replace(accesses, block_tokens=...), or --block-tokens.",
+        )
+    if accesses.sample_level:
+        raise InvalidArgument("the trace holds a sample of its blocks: what single prompts cost is not known")
+    whole = accesses.lengths * accesses.block_tokens
+    return np.where(accesses.input_tokens > 0, accesses.input_tokens, whole)
+
+
 def access_flops(model: Model, accesses: Accesses) -> F64:
     """(m,) what a hit of each access saves: `weights` of `curve.hit_curve`. A partial last block saves
     what it has.
 
     Raises:
-        InvalidArgument: the trace does not say how many tokens a block has.
+        InvalidArgument: as `prompt_tokens`.
     """
-    if not accesses.block_tokens:
-        raise InvalidArgument("the trace does not say how many tokens a block has")
+    prompts = np.repeat(prompt_tokens(accesses), accesses.lengths)
     start = accesses.places.astype(np.int64) * accesses.block_tokens
-    end = start + accesses.block_tokens
-    if accesses.input_tokens.any():
-        end = np.maximum(start, np.minimum(end, np.repeat(accesses.input_tokens, accesses.lengths)))
+    end = np.maximum(start, np.minimum(start + accesses.block_tokens, prompts))
     return prefix_flops(model, end) - prefix_flops(model, start)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFlops:
+    """Of each of n requests. Blocks that its engine held already count nowhere: no cache has to give them."""
+
+    needed: F64  #: (n,) FLOPs to prefill the prompt
+    saved: F64  #: (n,) FLOPs of the hits
+    blocks: I64  #: (n,) hit blocks, to be read
+
+
+def request_flops(model: Model, accesses: Accesses, hits: I32) -> RequestFlops:
+    """What each prompt costs and what its hits save; for writes of their own nothing means anything.
+
+    Args:
+        hits: (n,) leading hit blocks, as `replay` gives them.
+
+    Raises:
+        InvalidArgument: not as many hits as requests, more hits than blocks, or as `prompt_tokens`.
+    """
+    prompts, hits = prompt_tokens(accesses), np.asarray(hits)
+    if hits.shape != prompts.shape or bool(((hits < 0) | (hits > accesses.lengths)).any()):
+        raise InvalidArgument("hits are numbers of leading blocks, one for each request of the trace")
+    needed = prefix_flops(model, prompts)
+    if not accesses.held.any():
+        found = np.minimum(hits.astype(np.int64) * accesses.block_tokens, prompts)
+        return RequestFlops(needed, prefix_flops(model, found), hits.astype(np.int64))
+    starts, ends = accesses.offsets[:-1], accesses.offsets[1:]
+    flops = access_flops(model, accesses)
+    held = _before(flops * accesses.held)
+    saved, blocks = _before(flops * ~accesses.held), _before(~accesses.held)
+    return RequestFlops(
+        needed - (held[ends] - held[starts]),
+        saved[starts + hits] - saved[starts],
+        (blocks[starts + hits] - blocks[starts]).astype(np.int64),
+    )
+
+
+def _before(values: npt.NDArray[Any]) -> F64:
+    """(m + 1,) the sum of those before each of m values, and of all."""
+    return np.concatenate([np.zeros(1), np.cumsum(values, dtype=np.float64)])
 
 
 def hits_by_depth(hits: npt.NDArray[np.integer]) -> I64:
@@ -142,36 +123,3 @@ def hits_by_depth(hits: npt.NDArray[np.integer]) -> I64:
     ``(max(hits),)``, sum ``sum(hits)``. A leading run of h hits the depths below h."""
     ended = np.bincount(hits, minlength=1)
     return (len(hits) - np.cumsum(ended))[:-1]
-
-
-@dataclass(frozen=True, slots=True)
-class Savings:
-    """What hits save. Money is in whatever currency the price was given in."""
-
-    flops: float
-    flops_share: float  #: of what all prompts would cost without a cache; 0 if that is not known
-    gpu_hours: float
-    money: float
-
-
-def savings(
-    flops: float, gpu: Gpu, *, utilisation: float, price_per_hour: float, flops_all: float = 0
-) -> Savings:
-    """What so many saved FLOPs are worth.
-
-    Args:
-        flops: saved, from `prefix_flops`, or a `Curve` weighted with `access_flops`.
-        utilisation: share of the peak that prefill reaches on this GPU, above 0 and at most 1; measure it.
-        price_per_hour: of one GPU.
-        flops_all: what all prompts would cost without a cache.
-
-    Raises:
-        InvalidArgument: a number is out of range.
-    """
-    if not 0 < utilisation <= 1:
-        raise InvalidArgument(f"utilisation is above 0 and at most 1, got {utilisation}")
-    if price_per_hour < 0 or flops < 0:
-        raise InvalidArgument(f"price and FLOPs must not be negative, got {price_per_hour} and {flops}")
-    hours = flops / (gpu.peak_flops * utilisation) / 3600
-    share = float(flops / flops_all) if flops_all else 0.0
-    return Savings(float(flops), share, float(hours), float(hours * price_per_hour))

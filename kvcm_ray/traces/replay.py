@@ -1,9 +1,9 @@
 """Replaying a trace against a live manager with real bytes, every byte read verified.
 
-Each request looks up its leading hits, reads and checks them, and writes what is missing. Counts
-are those of a replay one request at a time: look-ups happen in the trace's order, and a request
-that shares a block with writes still in flight waits for them. Only then are up to `window`
-requests' writes under way at once.
+Each request looks up its leading hits, reads and checks them, and writes what is missing; of a trace that
+tells look-ups and writes apart, each does only that. Counts are those of a replay one request at a time:
+look-ups happen in the trace's order, and a request that shares a block with writes still in flight waits
+for them. Only then are up to `window` requests' writes under way at once.
 
 What is evicted depends on the order in which the manager hears of reads and writes. With a window of 1
 it hears of them in the trace's order: what was read is reported before the next write begins (`flush`).
@@ -21,6 +21,7 @@ import numpy as np
 
 from kvcm_ray.client import AsyncInstance, Match
 from kvcm_ray.errors import KvcmError
+from kvcm_ray.traces.formats import READ, WRITE
 from kvcm_ray.traces.pattern import block_pattern, wrong_bytes
 from kvcm_ray.traces.reader import TraceRequest
 
@@ -121,30 +122,35 @@ class Replay:
         while waiting := {self._writing[key] for key in keys if key in self._writing}:
             await asyncio.wait(waiting)
             self._reap()
-        with _timed(self.report, "lookup"):
-            found = await self.instance.match(request.keys)
-        self._note(found.error)
+        found = await self._look_up(request) if request.op & READ else None
         self.report.requests += 1
-        self.report.accessed_blocks += len(keys)
-        self.report.hit_blocks += found.length
         while len(self._tasks) >= self.window:
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
             self._reap()
-        task = asyncio.create_task(self._move(request, found))
+        new = keys[found.length if found else 0 :] if request.op & WRITE else []
+        task = asyncio.create_task(self._move(request, found, new))
         self._tasks.add(task)
-        for key in keys[found.length :]:
+        for key in new:
             self._writing[key] = task
         if self.window == 1:
             await self._drain()
 
-    async def _move(self, request: TraceRequest, found: Match) -> None:
+    async def _look_up(self, request: TraceRequest) -> Match:
+        with _timed(self.report, "lookup"):
+            found = await self.instance.match(request.keys)
+        self._note(found.error)
+        self.report.accessed_blocks += len(request.keys)
+        self.report.hit_blocks += found.length
+        return found
+
+    async def _move(self, request: TraceRequest, found: Match | None, new: list[int]) -> None:
         try:
-            if found.length:
+            if found is not None and found.length:
                 await self._read(found)
-            if found.length < len(request.keys):
+            if new:
                 await self._write(request)
         finally:
-            for key in request.keys[found.length :].tolist():
+            for key in new:
                 self._writing.pop(key, None)
 
     async def _read(self, found: Match) -> None:

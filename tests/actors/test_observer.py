@@ -46,7 +46,7 @@ def test_look_ups_are_of_whole_prompts_in_order() -> None:
     observer = Observer([ear])
     touches = [look_up([1, 2, 3], 2), look_up([1, 9], 0), look_up([1, 2, 3, 4], 1, held=2)]
     observer.note(touches, [Touched()] * 3)
-    observer.flush()
+    observer.flush(all_of_it=True)
     assert ear.requests() == [
         ("i", False, [1, 2, 3], 2),
         ("i", False, [1, 9], 0),

@@ -14,6 +14,7 @@ import pytest
 
 from kvcm_ray.cli.values import FRACTION, RATE, SECONDS, human_seconds
 from kvcm_ray.client import connect
+from kvcm_ray.optimizer.economics import command_line, group_update
 from kvcm_ray.testing.served import Served
 
 Kvcm = Callable[..., Any]
@@ -288,3 +289,77 @@ def test_values_that_are_none(kind: click.ParamType, text: str) -> None:
 def test_times_for_people() -> None:
     texts = [human_seconds(s) for s in (None, 0, 41.2, 119, 150, 7199, 7200, 86_400 * 3)]
     assert texts == ["-", "0 s", "41 s", "119 s", "2 min", "120 min", "2.0 h", "3 d"]
+
+
+# ------------------------------------------------------------------------- groups from a file
+
+
+def test_a_group_takes_what_the_optimizer_recommends(kvcm: Kvcm, chat: str, tmp_path: Path) -> None:
+    """The file and the command line of a recommendation do the same, and an option counts more."""
+    update = group_update("adaptive", 32, BLOCK, ttl_s=7200, high_water=0.8, low_water=0.5)
+    file = tmp_path / "group-chat.json"
+    file.write_text(json.dumps(update))
+    assert kvcm("group", "update", chat, "--from", str(file), "--json").json["version"] == 2
+    by_file = kvcm("group", "show", chat, "--json").json
+    report = kvcm("capacity", chat, "--json").json
+    assert (report["policy"], report["low_bytes"]) == ("adaptive", 32 * BLOCK), "what was simulated stays"
+    assert by_file["quota"]["capacity"] == str(64 * BLOCK)
+    assert by_file["quota"]["quota_config"], "the rest stays"
+    reset = ("--quota", "64KiB", "--policy", "lru", "--high-water", "0", "--low-water", "0", "--ttl", "0")
+    assert kvcm("group", "update", chat, *reset).code == 0
+    assert kvcm(*command_line(chat, update).split()[1:]).code == 0
+    by_command = kvcm("group", "show", chat, "--json").json
+    assert by_command | {"version": 0} == by_file | {"version": 0}
+    assert kvcm("group", "update", chat, "--from", str(file), "--quota", "1MiB", "--ttl", "0").code == 0
+    found = kvcm("group", "show", chat, "--json").json
+    assert found["quota"]["capacity"] == str(1 << 20)
+    strategy = found["cache_config"]["reclaim_strategy"]
+    assert (strategy.get("ttl_seconds", 0), strategy["reclaim_policy"]) == (0, "POLICY_ADAPTIVE")
+
+
+def test_a_file_may_hold_any_option_as_it_is_typed(kvcm: Kvcm, chat: str, tmp_path: Path) -> None:
+    file = tmp_path / "group.json"
+    file.write_text(
+        '{"quota": "128KiB", "storage": ["files"], "high-water": "75%", "max_keys": 5, "ttl": "2h"}'
+    )
+    assert kvcm("group", "update", chat, "--from", str(file)).code == 0
+    found = kvcm("group", "show", chat, "--json").json
+    assert (found["quota"]["capacity"], found["storage_candidates"]) == (str(128 << 10), ["files"])
+    strategy = found["cache_config"]["reclaim_strategy"]
+    assert (strategy["ttl_seconds"], strategy["trigger_strategy"]["used_percentage"]) == (7200, 0.75)
+    assert found["cache_config"]["meta_indexer_config"]["max_key_count"] in (5, "5")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "a JSON object with names of options"),
+        ('{"quotta": 1}', "'quotta' is no option of a group; did you mean 'quota'?"),
+        ('{"name": "other"}', "'name' is no option of a group; "),
+        ('{"quota": -5}', "quota: '-5' is not a size"),
+        ('{"quota": true}', "quota: True is not a value"),
+        ('{"ttl": null}', "ttl: None is not a value"),
+        ('{"high_water": 1.5}', "high_water: '1.5' is not a fraction"),
+        ('{"policy": "mru"}', "policy: 'mru' is not one of"),
+        ('{"storage": "files"}', "storage: 'files' is not a list of names"),
+        ('{"step_percent": 101}', "step_percent: 101 is not in the range"),
+    ],
+)
+def test_files_that_are_refused(kvcm: Kvcm, chat: str, tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "group.json"
+    file.write_text(text)
+    before = kvcm("group", "show", chat, "--json").json
+    refused = kvcm("group", "update", chat, "--from", str(file), "--json")
+    assert (refused.code, refused.json["error"]["code"]) == (1, "KVCM-A001")
+    assert message in refused.json["error"]["message"]
+    assert "group.json" in refused.json["error"]["message"]
+    assert kvcm("group", "show", chat, "--json").json == before
+
+
+def test_a_file_that_says_nothing(kvcm: Kvcm, chat: str, tmp_path: Path) -> None:
+    file = tmp_path / "group.json"
+    file.write_text("{}")
+    refused = kvcm("group", "update", chat, "--from", str(file))
+    assert (refused.code, "nothing to change" in refused.err) == (2, True)
+    assert kvcm("group", "update", chat, "--from", str(tmp_path / "nowhere.json")).code == 2

@@ -81,8 +81,7 @@ def test_limit_and_blank_lines(tmp_path: Path) -> None:
     [
         ("{", "line 2"),
         (json.dumps({"timestamp": 0, "input_length": 1, "output_length": 1}), "hash_ids"),
-        (json.dumps(mooncake([1, "2"])), "list of integers"),  # type: ignore[list-item]
-        (json.dumps(mooncake([True])), "list of integers"),
+        (json.dumps(mooncake([1, "2"])), "list of 64-bit integers"),  # type: ignore[list-item]
         (json.dumps(mooncake([2**63])), "line 2"),
         (json.dumps({**mooncake([1]), "timestamp": "soon"}), "line 2"),
         ("[1]", "line 2"),
@@ -91,10 +90,8 @@ def test_limit_and_blank_lines(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(tmp_path: Path, line: str, cause: str) -> None:
     path = tmp_path / "t"
     path.write_text(json.dumps(mooncake([1])) + "\n" + line + "\n")
-    requests = open_trace(path)
-    next(requests)
     with pytest.raises(InvalidArgument, match=cause):
-        next(requests)
+        list(open_trace(path))
 
 
 def test_unknown_format_missing_file_and_damaged_gzip(tmp_path: Path) -> None:

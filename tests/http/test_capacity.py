@@ -88,8 +88,8 @@ def test_refused_strategies_name_the_field(http: Http) -> None:
 
 def test_every_call_of_ours_has_a_place_in_the_documentation() -> None:
     documented = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
-    ours = [e for e in ENDPOINTS if e.handle.__module__.endswith("handlers_capacity")]
-    assert len(ours) == 8
+    ours = [e for e in ENDPOINTS if e.handle.__module__.endswith(("handlers_capacity", "handlers_traces"))]
+    assert len(ours) == 12
     for endpoint in ours:
         assert endpoint.path.removeprefix("/api/") in documented, endpoint.rpc
 

@@ -4,6 +4,7 @@ against simulators that are written down here as plainly as can be."""
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcm_ray.errors import InvalidArgument
-from kvcm_ray.optimizer import READ, WRITE, Accesses, hit_curve, load, of_requests, optimum
+from kvcm_ray.optimizer import READ, REQUEST, WRITE, Accesses, hit_curve, load, of_requests, optimum, replay
 from kvcm_ray.optimizer.curve import optimum_hits, stack_distances
 
 CAPACITIES = [1000, 5000, 10000, 30000, 50000, 100000]
@@ -189,10 +190,102 @@ def test_a_trace_without_requests() -> None:
     assert hit_curve(of_requests([[], [1], [], [1]])).infinite == 1
 
 
+Op = tuple[Prompt, int, bool]
+mixed = st.lists(
+    st.tuples(st.lists(st.integers(0, 2), max_size=6), st.integers(1, 3), st.booleans()), max_size=25
+)
+
+
+def apart(trace: list[Op]) -> Accesses:
+    """A trace of look-ups, writes and both, whose last blocks may be partial."""
+    requests = prefix_keys([prompt for prompt, _, _ in trace])
+    tokens = [
+        4 * len(keys) - (flag and bool(keys)) for keys, (_, _, flag) in zip(requests, trace, strict=True)
+    ]
+    ops = [op for _, op, _ in trace]
+    return of_requests(requests, block_tokens=4, input_tokens=tokens, ops=ops)
+
+
+@settings(max_examples=60, deadline=None)
+@given(mixed)
+def test_look_ups_whose_write_follows_directly_are_exact(trace: list[Op]) -> None:
+    """Requests cut in two, among writes that nobody asked for: the curve is what replays hit."""
+    cut = [step for prompt, op, flag in trace for step in steps(prompt, op, flag)]
+    accesses = apart(cut)
+    curve, distances = hit_curve(accesses), stack_distances(accesses)
+    bounds = list(zip(accesses.offsets[:-1], accesses.offsets[1:], strict=True))
+    for capacity in range(1, 12):
+        hit = (distances > 0) & (distances <= capacity)
+        hits = replay(accesses, "lru", capacity)
+        assert [int(hit[start:end].sum()) for start, end in bounds] == hits.tolist()
+        assert curve.at(capacity) == hits.sum()
+    assert curve.accessed == sum(len(prompt) for prompt, op, _ in cut if op & READ)
+
+
+@settings(max_examples=60, deadline=None)
+@given(mixed)
+def test_partial_last_blocks_first_when_requests_are_cut_in_two(trace: list[Op]) -> None:
+    whole = apart([(prompt, WRITE if op == WRITE else REQUEST, flag) for prompt, op, flag in trace])
+    cut = apart([step for prompt, op, flag in trace for step in steps(prompt, op, flag)])
+    capacities = list(range(1, 12))
+    curves = [hit_curve(accesses, partial_first=True).at(capacities).tolist() for accesses in (whole, cut)]
+    assert curves[0] == curves[1]
+
+
+def steps(prompt: Prompt, op: int, flag: bool) -> list[Op]:
+    return [(prompt, WRITE, flag)] if op == WRITE else [(prompt, READ, flag), (prompt, WRITE, flag)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(mixed)
+def test_look_ups_alone_are_exact_where_everything_fits(trace: list[Op]) -> None:
+    accesses = apart(trace)
+    assert hit_curve(accesses).infinite == replay(accesses, "lru", 1000).sum()
+
+
+@settings(max_examples=60, deadline=None)
+@given(mixed, st.integers(1, 6))
+def test_no_policy_hits_more_than_the_optimum_of_a_mixed_trace(trace: list[Op], capacity: int) -> None:
+    accesses = apart(trace)
+    (most,) = optimum(accesses, [capacity]).tolist()
+    assert most <= hit_curve(accesses).infinite
+    for policy in ("lru", "lfu"):
+        assert replay(accesses, policy, capacity).sum() <= most
+
+
+@pytest.mark.parametrize("name", LRU)
+def test_real_traces_cut_into_look_ups_and_writes(name: str) -> None:
+    whole = trace(name)
+    twice = np.repeat(np.arange(whole.requests), 2)
+    counts = whole.lengths[twice]
+    offsets = np.append(0, np.cumsum(counts))
+    at = np.repeat(whole.offsets[twice] - offsets[:-1], counts) + np.arange(offsets[-1])
+    cut = replace(
+        whole, blocks=whole.blocks[at], offsets=offsets,
+        ops=np.tile(np.array([READ, WRITE], np.uint8), whole.requests),
+        partial=whole.partial[twice], times_s=whole.times_s[twice], instances=whole.instances[twice],
+    )  # fmt: skip
+    capacities = CAPACITIES[: len(LRU[name])]
+    assert hit_curve(cut).at(capacities).tolist() == LRU[name]
+    assert optimum(cut, capacities[: len(OPTIMUM[name])]).tolist() == OPTIMUM[name][: len(capacities)]
+
+
+def test_what_look_ups_touch() -> None:
+    accesses = of_requests([[1, 2], [1, 2, 3], [7], [1, 2, 3], [1]], ops=[WRITE, READ, WRITE, READ, READ])
+    assert stack_distances(accesses).tolist() == [0, 0, 1, 2, 0, 0, 2, 3, 0, 1]
+    curve = hit_curve(accesses)
+    assert (curve.accessed, curve.at([1, 2, 3]).tolist()) == (7, [2, 4, 5])
+    tokens = np.array([9.0, 9, 1, 2, 4, 9, 1, 2, 4, 1])
+    assert hit_curve(accesses, weights=tokens).ratio([3]).tolist() == [7 / 15]
+
+
+def test_nothing_is_worth_keeping_until_it_is_written_again() -> None:
+    """At one block: 1 goes while 2 is asked for, and comes back by its write."""
+    accesses = of_requests([[1], [2], [2], [1], [1]], ops=[WRITE, WRITE, READ, WRITE, READ])
+    assert optimum(accesses, [1]).tolist() == [2]
+    assert optimum(of_requests([[1], [1], [1]], ops=[READ, WRITE, READ]), [1]).tolist() == [1]
+
+
 def test_refused() -> None:
-    apart = of_requests([[1], [1]], ops=[WRITE, READ])
-    for call in (lambda: hit_curve(apart), lambda: optimum(apart, [1])):
-        with pytest.raises(InvalidArgument, match="depends on the capacity"):
-            call()
     with pytest.raises(InvalidArgument, match="at least one block, got 0"):
         optimum(of_requests([[1]]), [0])

@@ -18,7 +18,6 @@ from kvcm_ray.optimizer import (
     REQUEST,
     WRITE,
     Accesses,
-    dataset,
     load,
     of_requests,
     replay,
@@ -26,8 +25,9 @@ from kvcm_ray.optimizer import (
     totals,
 )
 from kvcm_ray.optimizer.dataset import CACHE_FOLDER
-from kvcm_ray.traces import open_trace
-from kvcm_ray.traces.keys import keys_of_block_ids
+from kvcm_ray.optimizer.kernels import load as kernels
+from kvcm_ray.traces import files, open_trace
+from kvcm_ray.traces.keys import chain_keys, keys_of_block_ids, offsets_of
 
 
 def lines(file: Path, records: list[Any]) -> Path:
@@ -182,7 +182,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, cause: str, packed: bool
 
 
 def test_a_bad_line_far_into_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "_READ_BYTES", 1000)
+    monkeypatch.setattr(files, "READ_BYTES", 1000)
     lines(tmp_path / "long.jsonl", [mooncake([i], 512) for i in range(500)])
     assert load(tmp_path / "long.jsonl").requests == 500
     lines(tmp_path / "bad.jsonl", [*(mooncake([i], 512) for i in range(500)), mooncake([0], -1)])
@@ -216,6 +216,71 @@ def test_files_that_are_no_traces(tmp_path: Path) -> None:
     (tmp_path / "cut.gz").write_bytes(whole[:-9])
     with pytest.raises(InvalidArgument, match="cannot read"):
         load(tmp_path / "cut.gz")
+
+
+def test_chains_are_the_same_compiled_or_not() -> None:
+    draw = np.random.default_rng(0)
+    for lengths in ([], [0], [3, 0, 1, 200, 7, 7], draw.integers(0, 30, 500).tolist()):
+        offsets = offsets_of(np.array(lengths, np.int64))
+        ids = draw.integers(-(2**63), 2**63 - 1, offsets[-1])
+        assert np.array_equal(chain_keys(ids, offsets), kernels.chain(ids, offsets))
+
+
+HEADER = {"format": "kvcm-trace", "version": 1, "block_tokens": 16}
+
+
+def test_a_recording_may_be_cut_and_another_trace_may_not(tmp_path: Path) -> None:
+    records = [{"time_us": n, "keys": [n, n + 1]} for n in range(200)]
+    for more, fails in (({"recording": True}, False), ({}, True)):
+        text = "".join(json.dumps(record) + "\n" for record in [HEADER | more, *records]).encode()
+        packed = gzip.compress(text[:3000]) + gzip.compress(text[3000:])
+        (tmp_path / "cut.gz").write_bytes(packed[:-40])
+        if fails:
+            with pytest.raises(InvalidArgument, match="cut off"):
+                load(tmp_path / "cut.gz", cache=False)
+        else:
+            assert 50 < load(tmp_path / "cut.gz", cache=False).requests < 200
+        (tmp_path / "bad.gz").write_bytes(packed[:200] + b"?" + packed[201:])
+        with pytest.raises(InvalidArgument, match=r"cannot read|line \d+"):
+            load(tmp_path / "bad.gz", cache=False)
+
+
+def test_the_end_of_a_recording(tmp_path: Path) -> None:
+    records = [
+        HEADER | {"recording": True, "sample_level": 3},
+        {"time_us": 1, "keys": [5]},
+        {"end": {"a": 1}},
+    ]
+    file = lines(tmp_path / "own.jsonl", records)
+    forms = [form for form, _ in files.read_batches(file)]
+    assert forms[-1].end == {"a": 1}
+    accesses = load(file)
+    assert (accesses.requests, accesses.sample_level) == (1, 3)
+    assert load(file).sample_level == 3, "from the parsed form"
+    save(accesses, tmp_path / "again.jsonl")
+    assert load(tmp_path / "again.jsonl").sample_level == 3
+    for late in ({"time_us": 2, "keys": [6]}, HEADER, {"end": {}}):
+        with pytest.raises(InvalidArgument, match="line 4: the recording ended before"):
+            load(lines(tmp_path / "late.jsonl", [*records, late]))
+    with pytest.raises(InvalidArgument, match="line 3"):
+        load(lines(tmp_path / "late.jsonl", [*records[:2], {"end": 5}]))
+
+
+def test_one_reader_for_arrays_and_for_a_replay(tmp_path: Path) -> None:
+    log = [
+        event("StartWriteCache", 20, "never finished", keys=[1, 4]),
+        event("GetCacheLocation", 40, source="b", keys=[1, 4], block_mask=1),
+        event("StartWriteCache", 50, "s", keys=[1]),
+        event("FinishWriteCache", 60, "s"),
+    ]
+    file = lines(tmp_path / "events.log", log)
+    accesses, requests = load(file), list(open_trace(file))
+    assert keys_by_request(accesses) == [request.keys.tolist() for request in requests]
+    assert accesses.ops.tolist() == [request.op for request in requests] == [READ, WRITE, WRITE]
+    assert accesses.times_s.tolist() == [request.timestamp_s for request in requests]
+    assert requests[0].keys.tolist() == [1, 4], "the first to be seen has its keys as they are"
+    assert not set(requests[1].keys.tolist()) & {1, 4}, "blocks of different instances differ"
+    assert [len(request.keys) for request in open_trace(file, 2)] == [2, 1]
 
 
 # ------------------------------------------------------------------------------- the parsed form

@@ -34,7 +34,7 @@ ALLOWED = {
     "kvcm_ray/core": {"core", "errors"},
     "kvcm_ray/index": {"core", "errors", "index", "storage_adapters"},
     "storage_adapters": {"core", "errors", "storage_adapters"},
-    "actors": {"core", "errors", "index", "storage_adapters", "actors"},
+    "actors": {"core", "errors", "index", "storage_adapters", "traces", "actors"},
     "serve_app": {"core", "errors", "index", "storage_adapters", "actors", "serve_app", "version"},
     "kvcm_ray/client": {"core", "errors", "index", "storage_adapters", "actors", "client"},
 }

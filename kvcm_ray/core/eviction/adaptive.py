@@ -13,11 +13,15 @@ has its number of uses back. What is remembered is bounded by the number of resi
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, fields
+
 import numpy as np
 import numpy.typing as npt
 
 from kvcm_ray.core.eviction.arrays import I64, U8, Ids, grown, size_for
 from kvcm_ray.core.requests import Keys
+from kvcm_ray.errors import InvalidArgument
 
 _FIRST_OUT = -(1 << 62)
 _PARTIAL, _ONCE = 0, 1
@@ -25,26 +29,47 @@ _SCATTER = np.uint64(0x9E3779B97F4A7C15)
 _USES_MAX = 4  #: the last class begins here; more uses make no difference
 _CLASS_OF_USES: U8 = np.array([_ONCE, _ONCE, 2, 2, 3], np.uint8)
 
-# Chosen with two whole traces in view (both halves were looked at), where results change little within a
-# factor of 2. So what these traces give is optimistic for others.
-_STAY_FIRST = 0.5  #: stay of the second class at the beginning; stays are in units of resident blocks
-_STAY_MAX = 8.0
-_PERIOD = 0.1  #: time between two adjustments, in the same unit
-_STEP = 0.05  #: the most that a stay changes at once
-_KEPT = 0.9  #: share of the counts that is carried over into the next period
-_PRIOR = 10.0  #: evictions that a class is credited with, at the rate of those used once
+
+@dataclass(frozen=True, slots=True)
+class AdaptiveSettings:
+    """Numbers that no argument gives. Those of production were chosen with two whole traces in view, so
+    what these traces give is optimistic for others. `kvcm_ray.optimizer.tuning` chose others by the first
+    halves of the traces; in the second halves they were no better, so these stay (`kvcm bench optimizer`).
+
+    Raises:
+        InvalidArgument: one is out of range.
+    """
+
+    stay_first: float = 0.5  #: stay of the second class at the beginning; in units of resident blocks
+    stay_max: float = 8.0
+    period: float = 0.1  #: time between two adjustments, in the same unit
+    step: float = 0.05  #: the most that a stay changes at once
+    kept: float = 0.9  #: share of the counts that is carried over into the next period
+    prior: float = 10.0  #: evictions that a class is credited with, at the rate of those used once
+    remembered: float = 2.0  #: evicted blocks that are remembered at least, in the same unit
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, limits = getattr(self, field.name), _LIMITS.get(field.name, (0.0, 1e6))
+            if not limits[0] <= value <= limits[1]:
+                raise InvalidArgument(f"adaptive policy: {field.name} must be in {limits}, not {value}")
+
+
+#: Smallest and largest values; 0 to a million for the others.
+_LIMITS = {"period": (1e-6, 1e6), "kept": (0.0, 1.0), "prior": (1e-3, 1e6), "remembered": (1e-3, 64.0)}
 
 
 class Adaptive:
     name = "adaptive"
     classes = 4
 
-    def __init__(self) -> None:
+    def __init__(self, settings: AdaptiveSettings | None = None) -> None:
+        self._settings = settings = settings or AdaptiveSettings()
         self._uses: U8 = np.zeros(0, np.uint8)
         self._class: U8 = np.zeros(0, np.uint8)
         self._resident = 0
         self._memory = Memory()
-        self._stay = np.array([0.0, 0.0, _STAY_FIRST, 2 * _STAY_FIRST])
+        self._stay = np.array([0.0, 0.0, settings.stay_first, 2 * settings.stay_first])
         self._lead = [_FIRST_OUT, 0, 0, 0]  #: what is added to the position, for each class
         self._until_next = 0  #: touched blocks until the next adjustment
         self._evicted = np.zeros(self.classes)
@@ -72,7 +97,8 @@ class Adaptive:
             return
         classes = self._class[blocks]
         self._evicted += np.bincount(classes, minlength=self.classes)
-        self._memory.keep(keys, self._uses[blocks], classes, 2 * (self._resident + len(blocks)))
+        room = int(self._settings.remembered * (self._resident + len(blocks)))
+        self._memory.keep(keys, self._uses[blocks], classes, room)
 
     def scores(self, klass: int, positions: I64) -> I64:
         return positions + self._lead[klass]
@@ -88,15 +114,19 @@ class Adaptive:
         return classes
 
     def _adjust(self) -> None:
-        self._until_next = max(64, int(_PERIOD * self._resident))
-        once = (self._regretted[_ONCE] + 1) / (self._evicted[_ONCE] + _PRIOR)
-        rates = (self._regretted + once * _PRIOR) / (self._evicted + _PRIOR)
-        steps = _STEP * np.clip(np.log2(rates / once), -1, 1)
-        steps[[_PARTIAL, _ONCE]] = 0
-        self._stay = np.maximum.accumulate(np.clip(self._stay + steps, 0, _STAY_MAX))
-        self._lead[_ONCE + 1 :] = (self._stay[_ONCE + 1 :] * self._resident).astype(np.int64).tolist()
-        self._evicted *= _KEPT
-        self._regretted *= _KEPT
+        settings, prior = self._settings, self._settings.prior
+        self._until_next = max(64, int(settings.period * self._resident))
+        once = (self._regretted[_ONCE] + 1) / (self._evicted[_ONCE] + prior)
+        rates = (self._regretted + once * prior) / (self._evicted + prior)
+        stay = 0.0
+        for klass in range(_ONCE + 1, self.classes):
+            # `math`, because the last bit of numpy's logarithm depends on the processor.
+            step = settings.step * min(max(math.log2(rates[klass] / once), -1.0), 1.0)
+            stay = max(stay, min(max(self._stay[klass] + step, 0.0), settings.stay_max))
+            self._stay[klass] = stay
+            self._lead[klass] = int(stay * self._resident)
+        self._evicted *= settings.kept
+        self._regretted *= settings.kept
 
     def _make_room(self, blocks: Ids) -> None:
         if (size := size_for(len(self._uses), blocks)) > len(self._uses):

@@ -133,7 +133,10 @@ class Forest:
         self._leaving[parents[parents >= 0]] = 0
 
     def leaves_first(self, blocks: Ids) -> Ids:
-        """The same blocks, children before parents; otherwise in the order given."""
+        """The same blocks, children before parents: in the order given if that is so already, else
+        those with more ancestors among them first."""
+        if (self._onward(blocks) == self._onward(blocks, ahead_only=False)).all():
+            return blocks
         return blocks[np.argsort(-self._depth(blocks), kind="stable")]
 
     def leaves_first_by(self, blocks: Ids, rank: I64) -> Ids:

@@ -1,7 +1,8 @@
 """A trace against a cache of so many blocks, through the same order and policies as a live group.
 
 One request looks up the leading run of present blocks, writes what is missing, touches all of its
-blocks, and then blocks are evicted down to the capacity.
+blocks, and then blocks are evicted down to the capacity. With a time to live, what nobody touched for
+that long is gone before the request looks; a live group is a reclaim step later.
 """
 
 from __future__ import annotations
@@ -42,51 +43,61 @@ def simulate(
     keys, blocks = np.unique(np.concatenate(wanted), return_inverse=True)
     cache = SimulatedCache(policy, capacity, keys)
     own = np.split(blocks, np.cumsum([len(part) for part in wanted])[:-1])
-    return sum(cache.serve(part, partial=bool(flag)) for part, flag in zip(own, flags, strict=False))
+    rows = enumerate(zip(own, flags, strict=False))
+    return sum(cache.serve(part, now, partial=bool(flag)) for now, (part, flag) in rows)
 
 
 class SimulatedCache:
     """Blocks in an `EvictionOrder` of one lane. Their ids are places in `keys`, which has all there
-    will be."""
+    will be. Times are integers of any one unit; `ttl` 0 is for ever."""
 
-    def __init__(self, policy: Policy, capacity: int, keys: Keys) -> None:
+    def __init__(self, policy: Policy, capacity: int, keys: Keys, ttl: int = 0) -> None:
         self._order = EvictionOrder(policy)
         self._capacity = capacity
+        self._ttl = ttl
         self._keys = keys
         self._present = np.zeros(len(keys), np.bool_)
         self._resident = 0
-        self._now_ms = 0
 
-    def serve(self, blocks: Ids, *, read: bool = True, write: bool = True, partial: bool = False) -> int:
+    def serve(
+        self, blocks: Ids, now: int, *, read: bool = True, write: bool = True, partial: bool = False
+    ) -> int:
         """Serve one request, of distinct blocks in prefix order; how many leading ones were present,
         0 if it does not read.
 
         As a live group does: what is missing comes in, then what was there becomes most recent.
         """
+        self._expire(now)
         present = self._present[blocks]
         found = len(blocks) if present.all() else int(present.argmin())
-        self._now_ms += 1
         if write:
-            self._admit(blocks, present, found, partial)
+            self._admit(blocks, present, found, partial, now)
         used = blocks[present] if write else blocks[:found]
-        self._order.touch(used, self._keys[used], self._now_ms, used=read)
-        self._shrink()
+        self._order.touch(used, self._keys[used], now, used=read)
+        self._shrink(now)
         return found if read else 0
 
-    def _admit(self, blocks: Ids, present: Flags, found: int, partial: bool) -> None:
+    def _admit(self, blocks: Ids, present: Flags, found: int, partial: bool, now: int) -> None:
         """A cache that is closed misses no block before one that it has."""
         new = blocks[~present]
         if len(new):
             parent = int(blocks[found - 1]) if found else -1
             flag = partial and not present[-1]
-            self._order.add(_LANE, new, self._keys[new], self._now_ms, parent=parent, partial=flag)
+            self._order.add(_LANE, new, self._keys[new], now, parent=parent, partial=flag)
             self._present[new] = True
             self._resident += len(new)
 
-    def _shrink(self) -> None:
+    def _expire(self, now: int) -> None:
+        if self._ttl and self._resident:
+            self._drop(self._order.expired((_LANE,), now - self._ttl + 1, self._resident, now))
+
+    def _shrink(self, now: int) -> None:
         while (excess := self._resident - self._capacity) > 0:
-            victims = self._order.victims((_LANE,), excess, self._now_ms)
+            victims = self._order.victims((_LANE,), excess, now)
             assert len(victims), "nothing is held or leased here"
-            self._order.remove(victims, self._keys[victims], evicted=True)
-            self._present[victims] = False
-            self._resident -= len(victims)
+            self._drop(victims)
+
+    def _drop(self, victims: Ids) -> None:
+        self._order.remove(victims, self._keys[victims], evicted=True)
+        self._present[victims] = False
+        self._resident -= len(victims)

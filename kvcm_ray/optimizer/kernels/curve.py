@@ -16,8 +16,10 @@ from kvcm_ray.optimizer.kernels import jit
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
+U8 = npt.NDArray[np.uint8]
 Flags = npt.NDArray[np.bool_]
 
+_READ, _WRITE = 1, 2
 _LOW, _HIGH = 0, 1  #: levels of the stack
 
 
@@ -69,13 +71,14 @@ def _clear(bits: U64, tree: I32, position: int) -> None:
 
 
 @jit
-def stack_distances(blocks: I32, offsets: I64, partial: Flags, unique: int) -> I32:
-    """For each access, the smallest capacity in blocks at which it is a hit; 0 if there is none.
+def stack_distances(blocks: I32, offsets: I64, ops: U8, partial: Flags, unique: int) -> I32:
+    """For each access that looks up, the smallest capacity in blocks at which it is a hit; 0 if none.
 
     The stack has the blocks of the latest request first, in prefix order, and below all others those
-    that were seen once only, as the last block of a `partial` prompt. After a request, a cache of C
+    that were written once only, as the last block of a `partial` prompt. After a request, a cache of C
     blocks holds the first C. An access hits if all blocks before it in the prompt do and it is itself
-    among those C, so its distance is the largest rank so far in its request.
+    among those C, so its distance is the largest rank so far in its request. What only looks up touches
+    the leading run of blocks that were ever written.
 
     Positions are numbers of accesses, counted from the end within a request: later is higher up.
     """
@@ -85,43 +88,63 @@ def stack_distances(blocks: I32, offsets: I64, partial: Flags, unique: int) -> I
     last, level = np.full(unique, -1, np.int32), np.full(unique, _HIGH, np.uint8)
     distances = np.zeros(len(blocks), np.int32)
     for request in range(len(offsets) - 1):
-        start, end = offsets[request], offsets[request + 1]
-        rank, deepest, neighbour = 0, 0, -2
-        for i in range(start, end):
-            position = last[blocks[i]]
-            if position < 0:
-                break
-            if level[blocks[i]] == _LOW:
-                rank = live[_HIGH] + live[_LOW] - _before(bits[_LOW], tree[_LOW], position)
-                neighbour = -2
-            else:  # one that came right after the block before it last time, too, is next in the stack
-                if position == neighbour:
-                    rank += 1
-                else:
-                    rank = live[_HIGH] - _before(bits[_HIGH], tree[_HIGH], position)
-                neighbour = position - 1
-            deepest = max(deepest, rank)
-            distances[i] = deepest
-        first = start
-        if partial[request] and end > start and last[blocks[end - 1]] < 0:
-            level[blocks[end - 1]] = _LOW
-            _set(bits[_LOW], tree[_LOW], start, start + 1)
-            live[_LOW] += 1
-            first += 1
-        for i in range(start, end):
+        start, end, op = offsets[request], offsets[request + 1], ops[request]
+        touched = start
+        if op & _READ:
+            rank, deepest, neighbour = 0, 0, -2
+            while touched < end:
+                block = blocks[touched]
+                position = last[block]
+                if position < 0:
+                    break
+                if level[block] == _LOW:
+                    rank = live[_HIGH] + live[_LOW] - _before(bits[_LOW], tree[_LOW], position)
+                    neighbour = -2
+                else:  # one that came right after the block before it last time, too, is next in the stack
+                    if position == neighbour:
+                        rank += 1
+                    else:
+                        rank = live[_HIGH] - _before(bits[_HIGH], tree[_HIGH], position)
+                    neighbour = position - 1
+                deepest = max(deepest, rank)
+                distances[touched] = deepest
+                touched += 1
+        if op & _WRITE:
+            touched = end
+        for i in range(start, touched):
             block = blocks[i]
             if last[block] >= 0:
                 _clear(bits[level[block]], tree[level[block]], last[block])
                 live[level[block]] -= 1
-                level[block] = _HIGH
-            last[block] = start + end - 1 - i
-        _set(bits[_HIGH], tree[_HIGH], first, end)
-        live[_HIGH] += end - first
+                if op & _READ:
+                    level[block] = _HIGH
+            elif partial[request] and i == end - 1:
+                level[block] = _LOW
+        _put_on_top(blocks, start, end, touched, bits, tree, live, last, level)
     return distances
 
 
 @jit
-def sampled_distances(blocks: I32, offsets: I64, sure: Flags, weight: float, unique: int) -> I64:
+def _put_on_top(
+    blocks: I32, start: int, end: int, touched: int, bits: U64, tree: I32, live: I64, last: I32, level: U8
+) -> None:
+    """The first blocks of a request, up to `touched`, become the latest of their levels."""
+    begin = start + end - touched  # of positions in a row that are all high
+    for i in range(touched - 1, start - 1, -1):
+        position = start + end - 1 - i
+        last[blocks[i]] = position
+        if level[blocks[i]] == _LOW:
+            _set(bits[_HIGH], tree[_HIGH], begin, position)
+            _set(bits[_LOW], tree[_LOW], position, position + 1)
+            live[_HIGH] += position - begin
+            live[_LOW] += 1
+            begin = position + 1
+    _set(bits[_HIGH], tree[_HIGH], begin, end)
+    live[_HIGH] += end - begin
+
+
+@jit
+def sampled_distances(blocks: I32, offsets: I64, ops: U8, sure: Flags, weight: float, unique: int) -> I64:
     """`stack_distances` of a sample: blocks that are not `sure` count as `weight` of their kind each.
 
     Blocks of one request are touched last to first, as there, those of both kinds by one clock.
@@ -132,18 +155,24 @@ def sampled_distances(blocks: I32, offsets: I64, sure: Flags, weight: float, uni
     last = np.full(unique, -1, np.int32)
     distances = np.zeros(len(blocks), np.int64)
     for request in range(len(offsets) - 1):
-        start, end = offsets[request], offsets[request + 1]
-        deepest = 0
-        for i in range(start, end):
-            position = last[blocks[i]]
+        start, end, op = offsets[request], offsets[request + 1], ops[request]
+        deepest, touched = 0, start
+        while op & _READ and touched < end:
+            position = last[blocks[touched]]
             if position < 0:
                 break
-            own = 1 if sure[blocks[i]] else 0
+            own = 1 if sure[blocks[touched]] else 0
             sampled = live[0] - _before(bits[0], tree[0], position) - (1 - own)
             others = live[1] - _before(bits[1], tree[1], position) - own
-            deepest = max(deepest, 1 + others + np.int64(np.rint(sampled * weight)))
-            distances[i] = deepest
-        for i in range(start, end):
+            rank = others + sampled * weight
+            if not own:  # half of its own row, of which it is the only one here, is above it
+                rank += (weight - 1) / 2
+            deepest = max(deepest, int(np.rint(rank)) + 1)
+            distances[touched] = deepest
+            touched += 1
+        if op & _WRITE:
+            touched = end
+        for i in range(start, touched):
             own, position = (1 if sure[blocks[i]] else 0), start + end - 1 - i
             if last[blocks[i]] >= 0:
                 _clear(bits[own], tree[own], last[blocks[i]])
@@ -155,13 +184,20 @@ def sampled_distances(blocks: I32, offsets: I64, sure: Flags, weight: float, uni
 
 
 @jit
-def next_uses(blocks: I32, unique: int) -> I32:
-    """For each access, the index of the next access of its block; their number if there is none."""
-    following = np.full(unique, len(blocks), np.int32)
-    nexts = np.empty(len(blocks), np.int32)
-    for i in range(len(blocks) - 1, -1, -1):
-        nexts[i] = following[blocks[i]]
-        following[blocks[i]] = i
+def next_uses(blocks: I32, offsets: I64, ops: U8, unique: int) -> I32:
+    """For each access, the index of the next access of its block if that is a look-up: to be there until
+    then is worth a hit. The number of accesses if it is not, or the block was not written yet."""
+    written = np.zeros(unique, np.bool_)
+    nexts = np.full(len(blocks), len(blocks), np.int32)
+    latest = np.full(unique, -1, np.int32)
+    for request in range(len(offsets) - 1):
+        for i in range(offsets[request], offsets[request + 1]):
+            block = blocks[i]
+            if ops[request] & _READ and written[block]:
+                nexts[latest[block]] = i
+            if ops[request] & _WRITE:
+                written[block] = True
+            latest[block] = i
     return nexts
 
 

@@ -7,7 +7,10 @@
     kvcm            a header ``{"format": "kvcm-trace", "version": 1, "block_tokens": 16}``, then
                     records with time_us and keys (prefix keys), and if wanted: op (read, write,
                     request), instance, class, turn, input_tokens, output_tokens, partial,
-                    held (first so many blocks, or a list of booleans)
+                    held (first so many blocks, or a list of booleans). A recording of a live group has
+                    ``"recording": true`` in its header, and at its end, if it was ended and not cut
+                    off, one line ``{"end": {...}}`` with its totals. A header with ``"sample_level": k``
+                    says that of the blocks behind each first one only one of 2**k in a row is here.
 
 Records are decoded many at a time, column by column. A decoder raises ValueError, TypeError, KeyError
 or OverflowError for a bad record; the caller finds out which line it was.
@@ -16,38 +19,25 @@ or OverflowError for a bad record; the caller finds out which line it was.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
 
-from kvcm_ray.optimizer.accesses import F64, I64, READ, REQUEST, U8, WRITE, Flags, offsets_of
-from kvcm_ray.traces.keys import keys_of_prefix_ids
+from kvcm_ray.traces.batch import Batch
+from kvcm_ray.traces.keys import F64, I64, Flags, chain_keys, keys_of_prefix_ids, offsets_of
 
 Record = dict[str, Any]
+Chain = Callable[[I64, I64], I64]  #: prefix keys of block ids (m,) of requests at these offsets (n + 1,)
+
+READ = 1  #: looks up, and uses what it finds
+WRITE = 2  #: puts in what is missing
+REQUEST = READ | WRITE  #: both, one right after the other
 
 HEADER = {"format": "kvcm-trace", "version": 1}
 OPS = {"read": READ, "write": WRITE, "request": REQUEST}
 _UNFINISHED_S = 0.1  #: a write without an end takes effect so long after its start
-
-
-@dataclass(slots=True)
-class Batch:
-    """Some requests in a row: n of them, with m accesses. Empty label lists mean: none given."""
-
-    keys: I64  #: (m,)
-    counts: I64  #: (n,)
-    times_s: F64
-    input_tokens: I64
-    output_tokens: I64
-    partial: Flags
-    ops: U8
-    turns: I64
-    instances: list[str] = field(default_factory=list)
-    classes: list[str] = field(default_factory=list)
-    held: Flags = field(default_factory=lambda: np.zeros(0, np.bool_))  #: (m,) or (0,)
 
 
 class Format(Protocol):
@@ -56,6 +46,9 @@ class Format(Protocol):
     name: str
     block_tokens: int  #: 0 if the format does not say
     ordered: bool  #: records come out in the order of their times, or of the file
+    recording: bool  #: the file may end anywhere: it is being written, or its writer was killed
+    sample_level: int  #: 0: all blocks are there
+    end: Record | None  #: what a recording says at its end
 
     def decode(self, records: Sequence[Record]) -> Batch: ...
 
@@ -64,15 +57,18 @@ class Format(Protocol):
         ...
 
 
-def format_of(first: Any) -> tuple[Format, bool]:
+def format_of(first: Any, chain_ids: Chain = chain_keys) -> tuple[Format, bool]:
     """(a decoder, whether the first record is a header that holds no request).
+
+    Args:
+        chain_ids: how single block ids become prefix keys; a compiled way may be given.
 
     Raises:
         ValueError: no known format.
     """
     if isinstance(first, dict):
         if "hash_ids" in first:
-            return (QwenBailian() if "chat_id" in first else Mooncake()), False
+            return (QwenBailian(chain_ids) if "chat_id" in first else Mooncake()), False
         if "trigger_time_us" in first:
             return TairEvents(), False
         if first.get("format") == HEADER["format"]:
@@ -140,7 +136,14 @@ def _held(masks: Sequence[Any], counts: I64) -> Flags:
 # ------------------------------------------------------------------------------------- formats
 
 
-class Mooncake:
+class _Whole:
+    """What is so of files that are no recordings."""
+
+    recording, sample_level = False, 0
+    end: Record | None = None
+
+
+class Mooncake(_Whole):
     name, block_tokens, ordered = "mooncake", 512, True
     _tick_s = 1e-3
 
@@ -162,12 +165,15 @@ class Mooncake:
         return self.decode([])
 
     def _keys(self, ids: I64, counts: I64) -> I64:
-        return keys_of_prefix_ids(ids)  # type: ignore[arg-type]  # an array is a sequence of integers
+        return keys_of_prefix_ids(ids)
 
 
 class QwenBailian(Mooncake):
     name, block_tokens = "qwen-bailian", 16
     _tick_s = 1.0
+
+    def __init__(self, chain_ids: Chain) -> None:
+        self._chain = chain_ids
 
     def decode(self, records: Sequence[Record]) -> Batch:
         batch = super().decode(records)
@@ -176,12 +182,10 @@ class QwenBailian(Mooncake):
         return batch
 
     def _keys(self, ids: I64, counts: I64) -> I64:
-        from kvcm_ray.optimizer.kernels import load
-
-        return load.chain(ids, offsets_of(counts))
+        return self._chain(ids, offsets_of(counts))
 
 
-class TairEvents:
+class TairEvents(_Whole):
     """A write takes effect at its FinishWriteCache, all its keys; without one, 100 ms after its start.
 
     An end whose start the file does not have is passed over: the log begins in the middle of it. Every
@@ -247,8 +251,22 @@ class Kvcm:
         if header.get("version") != HEADER["version"]:
             raise ValueError(f"version {header.get('version')!r} of the format is not known")
         self.block_tokens = int(_counts([header["block_tokens"]], "block_tokens")[0])
+        self.sample_level = int(_counts([header.get("sample_level", 0)], "sample_level")[0])
+        self.recording = header.get("recording") is True
+        self.end: Record | None = None
 
     def decode(self, records: Sequence[Record]) -> Batch:
+        if self.end is not None and records:
+            raise ValueError("the recording ended before this line")
+        if records and "end" in records[-1]:
+            batch, self.end = self._decode(records[:-1]), dict(records[-1]["end"])
+            return batch
+        return self._decode(records)
+
+    def rest(self) -> Batch:
+        return self._decode([])
+
+    def _decode(self, records: Sequence[Record]) -> Batch:
         keys, counts = _flat(_lists(records, "keys"), "keys")
         partial = [record.get("partial", False) for record in records]
         if not all(type(flag) is bool for flag in partial):
@@ -269,6 +287,3 @@ class Kvcm:
             classes=_texts(records, "class"),
             held=_held([record.get("held", 0) for record in records], counts),
         )
-
-    def rest(self) -> Batch:
-        return self.decode([])
