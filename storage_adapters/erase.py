@@ -67,7 +67,7 @@ def _erase_headers(handle: Handle, where: Slots, generations: U32) -> Flags:
     rows = load_headers(handle, where)
     whole = header.valid(rows, handle.segment.tag, handle.spec_name, where)
     mine: Flags = ~whole | (rows["generation"] == generations)
-    dirty = mine & ~header.blank(rows)
+    dirty = mine & (~header.blank(rows) | header.pledged(rows))
     if dirty.any():
         save_headers(handle, where[dirty], header.erased(generations[dirty]))
     return mine

@@ -144,8 +144,16 @@ def is_erased(rows: Headers) -> Flags:
     return np.asarray(rows["magic"] == ERASED_MAGIC, np.bool_)
 
 
+def pledged(rows: Headers) -> Flags:
+    """Which marks are pledges: of a writer that knows no keys, with the checksum of what it writes.
+
+    Nobody reads a block by a pledge; it is sealed, once the key is known, if its bytes are there.
+    """
+    return np.asarray(is_erased(rows) & (rows["length"] > 0), np.bool_)
+
+
 def blank(rows: Headers) -> Flags:
-    """Which slots have no header: nothing written, or erased."""
+    """Which slots have no header: nothing written, erased, or pledged."""
     return empty(rows) | is_erased(rows)
 
 

@@ -267,11 +267,12 @@ class PathStorage(StorageAdapter):
                 self._hold(handle, where, self._writing_locks(handle), LOCK_WAIT_S),
             ):
                 rows = load_headers(handle, where)
-                todo = np.flatnonzero(header.blank(rows))
+                others = header.pledged(rows) & (rows["generation"] != generations)
+                todo = np.flatnonzero(header.blank(rows) & ~others)
                 step = max(1, SEAL_BYTES // max(1, handle.size))
                 for first in range(0, len(todo), step):
                     part = todo[first : first + step]
-                    _seal_some(handle, where[part], keys[part], generations[part])
+                    _seal_some(handle, where[part], keys[part], generations[part], rows[part])
                 rows = load_headers(handle, where)
                 sealed[:] = header.matching(
                     rows, segment.tag, spec_name, where, keys, generations, handle.size
@@ -419,11 +420,14 @@ def _allocate(handle: Handle, first: int, count: int) -> None:
     system.allocate(handle.data, first * size, count * size)
 
 
-def _seal_some(handle: Handle, where: Slots, keys: Keys, generations: U32) -> None:
-    """Write headers for those of `where` (no header yet) that have a payload."""
+def _seal_some(handle: Handle, where: Slots, keys: Keys, generations: U32, before: Headers) -> None:
+    """Write headers for those of `where` (no header yet) that have a payload: the pledged one, if any."""
     size = handle.size
     payload: npt.NDArray[np.uint8] = np.empty(size, np.uint8)
     seeds = header.seeds(handle.segment.tag, handle.spec_name, where, keys, generations)
+    no_keys = np.zeros(len(where), np.int64)
+    pledges = header.seeds(handle.segment.tag, handle.spec_name, where, no_keys, generations)
+    pledged = header.pledged(before)
     good = np.zeros(len(where), np.bool_)
     sums = np.zeros(len(where), np.uint64)
     for index, slot in enumerate(where.tolist()):
@@ -431,7 +435,8 @@ def _seal_some(handle: Handle, where: Slots, keys: Keys, generations: U32) -> No
             continue
         if system.read_into(handle.data, [payload], slot * size) == size:
             sums[index : index + 1] = header.checksums([payload], seeds[index : index + 1])
-            good[index] = True
+            promised = header.checksums([payload], pledges[index : index + 1])
+            good[index] = not pledged[index] or promised[0] == before["checksum"][index]
     rows = header.build(
         handle.segment.tag, handle.spec_name, where[good], keys[good], generations[good], size,
         sums[good],

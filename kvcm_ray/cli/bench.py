@@ -28,6 +28,7 @@ NAMES = {
     "data": "block bytes in and out of each kind of storage, beside the bare copies",
 }
 CAPACITY = "hit blocks of a trace through a live manager that holds so many blocks"
+OPTIMIZER = "the optimizer: hits against known ones, curves, sweeps, whole commands"
 RECLAIM = "making room, and what look-ups and writes notice of it"
 
 
@@ -92,6 +93,19 @@ def reclaim(as_json: bool, **options: Any) -> int:
     emit(result, as_json, lines(result.get("soak", result)))
     bad = ("bytes_above_quota", "orphan_bytes", "dangling_locations", "corrupt_records", "wrong_bytes")
     return EXIT_PROBLEMS if any(result.get("soak", {}).get(name) for name in bad) else EXIT_OK
+
+
+@bench.command("optimizer", help=f"Measure {OPTIMIZER}.")
+@click.option("--quick", is_flag=True, help="Fewer settings and repetitions; rougher.")
+@click.option(
+    "--huge", is_flag=True, help="Also a trace of 100 M accesses: gigabytes of temporary files, minutes."
+)
+@json_option
+def optimizer(as_json: bool, quick: bool, huge: bool) -> int:
+    note(f"measuring {OPTIMIZER} ...")
+    result = _benchmark("optimizer")(quick=quick, huge=huge, report=note)
+    emit(result, as_json, lines(result))
+    return EXIT_OK if result["oracle_equal"] == result["oracle_rows"] else EXIT_PROBLEMS
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

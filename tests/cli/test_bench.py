@@ -1,4 +1,4 @@
-"""``kvcm bench capacity``, ``bench reclaim`` and replays in groups of so many blocks; small ones."""
+"""``kvcm bench capacity``, ``reclaim``, ``optimizer`` and replays in groups of so many blocks; small ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcm_ray.benchmarks import capacity, foreground, reclaim, soak
+from kvcm_ray.benchmarks import capacity, foreground, huge, optimizer, reclaim, soak
+from kvcm_ray.optimizer import load, replay
 from kvcm_ray.traces import open_trace
 
 Kvcm = Callable[..., Any]
@@ -145,9 +146,52 @@ def test_reclaim(kvcm: Kvcm) -> None:
     assert result["write_evicted_blocks"] >= result["write_full_blocks"] / 2
 
 
+def test_a_number_that_is_not_the_known_one_is_told() -> None:
+    traces = {name: load(name).part(0, 50) for name in optimizer.TRACES}
+    rows = optimizer.oracle_rows(traces)
+    assert len(rows) == 30
+    assert not any(row["equal"] for row in rows), "these are not the whole traces"
+
+
+def test_sampling_is_near_enough() -> None:
+    for name in optimizer.TRACES:
+        assert 0 < optimizer.sampled_error(load(name)) <= 0.01
+
+
+def test_speed_of_the_optimizer() -> None:
+    found = optimizer.speed(load("synthetic").part(0, 500), 1)
+    assert found["sweep_points"] == 120
+    assert found["sweep_vs_120_processes"] == pytest.approx(24 / found["sweep_s"])
+    assert all(rate > 0 for rate in found["accesses_per_s"].values())
+
+
+def test_a_huge_trace_in_small(tmp_path: Path) -> None:
+    found = huge.run(30_000, report=lambda _: None)
+    assert 30_000 <= found["huge_accesses"] < 300_000
+    assert found["huge_file_bytes"] > 0
+    assert found["huge_peak_rss_bytes"] < 1 << 30
+    file = tmp_path / "huge.jsonl"
+    assert huge.write(file, 30_000) == found["huge_requests"]
+    accesses = load(file, cache=False)
+    assert accesses.chained
+    assert len(accesses.blocks) == found["huge_accesses"]
+    assert replay(accesses, "lru", 1000).sum() > 0
+
+
+@pytest.mark.heavy
+def test_optimizer(kvcm: Kvcm) -> None:
+    ran = kvcm("bench", "optimizer", "--quick", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["oracle_equal"] == ran.json["oracle_rows"] == 30
+    assert 0 < ran.json["raw_to_charts_s"] < ran.json["first_run_s"]
+    assert len(ran.json["second_halves"]) == 12
+    assert max(ran.json["sampled_error"].values()) <= 0.01
+
+
 def test_help_and_wrong_options(kvcm: Kvcm) -> None:
     shown = kvcm("bench", "--help").out
     assert "capacity" in shown
     assert "reclaim" in shown
+    assert "optimizer" in shown
     assert kvcm("bench", "capacity", "--policy", "none").code == 2
     assert kvcm("bench", "reclaim", "--soak", "0").code == 2

@@ -125,7 +125,9 @@ class EvictionOrder:
             self._class[blocks] = self.policy.touched(blocks, keys)
         if chained:
             self._forest.adopt(blocks)
-        self._append(self._not_held(blocks)[::-1])
+        latest = self._not_held(blocks)[::-1]
+        if used or not self._are_latest(latest):
+            self._append(latest)
 
     def hold(self, blocks: Ids) -> None:
         """Out of the order until released as often: pinned, or being moved."""
@@ -232,6 +234,11 @@ class EvictionOrder:
                 else:
                     del rings[klass]
         return queues
+
+    def _are_latest(self, blocks: Ids) -> bool:
+        """Appended last of all, in this order: again would only let time pass."""
+        n = len(blocks)
+        return bool((self._last[blocks] == np.arange(self._clock - n, self._clock)).all())
 
     def _append(self, blocks: Ids) -> None:
         """To the tails of their queues, in the order given (coldest first)."""

@@ -305,13 +305,16 @@ def _admit(
 
 @jit
 def _touch(cells: Records, state: Any, settings: F64, found: I32, read: bool, now: int) -> None:
-    for i in range(len(found) - 1, -1, -1):
+    again = read  # those that a write finds at the tails already, in this order, stay as they are
+    for i in range(len(found)):
+        cells[found[i]].touched = now
+        again = again or cells[found[i]].position != state.clock - 1 - i
+    for i in range(len(found) - 1 if again else -1, -1, -1):
         cell = cells[found[i]]
         _unlink(cells, found[i])
         if read:
             cell.uses = min(cell.uses + 1, _USES_MAX)
             cell.klass = _class_of(cell.uses)
-        cell.touched = now
         _append(cells, state, found[i])
     if read:
         _classed(cells, state, settings, len(found))
