@@ -9,15 +9,13 @@ policy chooses. A storage that others fill is passed over.
 
 Where this differs from a live group on purpose:
 
-- Making room and moving take no time, and there are no water marks: blocks come in first, then what is
-  too much leaves. A live group makes room first, by its marks, so it holds a little less; and a block
-  that the policy finds to be the coldest of all as it comes in leaves here at once, there later.
+- Making room and moving take no time: blocks come in first, then what is too much leaves. So does a live
+  group with water marks, in the background; without any it makes room first, as `replay` does, which for
+  lfu, adaptive and partial blocks leads to slightly other hits.
 - Every use brings a block to the first tier, before it counts as touched. A live group promotes what
   a look-up hit, later and as far as there is room.
 - A live group that is not full leaves copies of promoted blocks below; blocks with a copy are demoted
   before others of the same batch. No copies here.
-- One request touches its blocks once. A live group does so at the look-up, at the start and at the
-  end of the write, and `adaptive` counts time in touches: its stays are three times as long here.
 - Tiers are storages here. A live group takes storages of one type for one tier.
 - Pins, leases, limits of keys, retiring instances and removed blocks are not in a trace.
 
@@ -293,9 +291,12 @@ class _Cache:
             self._results.tier_hits[request, self._storages] = tiers
         used = blocks[present] if write else blocks[:found]
         self._shift(request, used[self._tier[used] > entry], entry)
+        if read:
+            self._order.touch(blocks[:found], self._keys(blocks[:found]), now_us)
+        if write:
+            self._renew(blocks, now_us)
         if write and entry != _NOWHERE:
-            self._admit(request, blocks, present, found, entry, now_us)
-        self._order.touch(used, self._keys(used), now_us, used=read)
+            self._admit(request, blocks, entry, now_us)
         self._level(request, now_us)
 
     def expire(self, request: int, now_us: int) -> None:
@@ -305,7 +306,13 @@ class _Cache:
             ids = self._order.expired(lanes, now_us - self._ttl_us + 1, count, now_us)
             self._drop(request, ids, _EXPIRED)
 
-    def _admit(self, request: int, blocks: Ids, present: Flags, found: int, entry: int, now_us: int) -> None:
+    def _renew(self, blocks: Ids, now_us: int) -> None:
+        """What is there of a prompt becomes most recent, its look-up having counted it."""
+        there = blocks[self._tier[blocks] != _NOWHERE]
+        self._order.touch(there, self._keys(there), now_us, used=False)
+
+    def _admit(self, request: int, blocks: Ids, entry: int, now_us: int) -> None:
+        present, found = self._tier[blocks] != _NOWHERE, self.leading(request)
         new = blocks[~present]
         if not len(new):
             return
@@ -315,6 +322,7 @@ class _Cache:
         self._sizes[new] = self._plan.sizes[request]
         self._tier[new] = entry
         self._put(request, new, entry)
+        self._renew(blocks[present], now_us)
 
     def _blocks(self, request: int) -> Ids:
         offsets = self._plan.accesses.offsets

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from kvcm_ray.core.eviction import make_policy, simulate
 from kvcm_ray.core.eviction.adaptive import AdaptiveSettings
 from kvcm_ray.core.eviction.forest import Forest
-from kvcm_ray.errors import InvalidArgument
+from kvcm_ray.core.model import ReclaimPolicy
+from kvcm_ray.core.reclaim import want_of
+from kvcm_ray.errors import InvalidArgument, KvcmError
 from kvcm_ray.optimizer import (
     POLICIES,
     READ,
@@ -29,7 +31,9 @@ from kvcm_ray.optimizer import (
     totals,
 )  # fmt: skip
 from kvcm_ray.optimizer.kernels import adaptive as kernels
-from kvcm_ray.optimizer.replay import delayed, hit_tokens
+from kvcm_ray.optimizer.replay import delayed, hit_tokens, tails
+from kvcm_ray.testing.group_driver import GroupDriver
+from kvcm_ray.testing.small_groups import driver
 
 HEAD_FIRST = {
     "conversation": {1000: 12831, 5000: 31817, 10000: 60822, 30000: 93967, 50000: 102290, 100000: 104924},
@@ -318,3 +322,47 @@ def test_refused() -> None:
 def test_settings_that_make_no_sense(wrong: dict[str, float]) -> None:
     with pytest.raises(InvalidArgument, match=f"adaptive policy: {next(iter(wrong))}"):
         AdaptiveSettings(**wrong)
+
+
+# ------------------------------------------------------------------------------------ a live group
+
+
+def live_hits(accesses: Accesses, policy: str, capacity: int, partial_first: bool) -> list[int]:
+    """Of each request, what a group without water marks finds that holds so many blocks."""
+    group = driver(capacity, policy=ReclaimPolicy[f"POLICY_{policy.upper()}"])
+    group.check = lambda: None  # its invariants have tests of their own, and take most of the time
+    served = group.index.instances["i"].served
+    hits = []
+    partial = tails(accesses) if partial_first else np.zeros(accesses.requests, np.bool_)
+    prompts = np.split(accesses.keys[accesses.blocks], accesses.offsets[1:-1])
+    for prompt, tail in zip(prompts, partial.tolist(), strict=True):
+        keys = prompt.tolist()
+        hits.append(next((n for n, key in enumerate(keys) if key not in served), len(keys)))
+        group.tick(1)
+        group.touch("i", keys[: hits[-1]], lookups=len(keys))
+        while not written(group, keys, tail):
+            pass
+    return hits
+
+
+def written(group: GroupDriver, keys: list[int], partial_tail: bool) -> bool:
+    """Write, or make room for it as for a write that waits."""
+    try:
+        group.write("i", keys, partial_tail=partial_tail)
+    except KvcmError as refusal:
+        want = want_of("i", refusal)
+        if want is None:  # waiting is no use
+            raise
+        group.settle([want])
+        return False
+    return True
+
+
+@pytest.mark.parametrize("partial_first", [False, True])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "adaptive"])
+def test_a_live_group_finds_the_same(policy: str, partial_first: bool) -> None:
+    accesses = trace("synthetic").part(0, 600)
+    capacity = accesses.unique // 4
+    found = replay(accesses, policy, capacity, partial_first=partial_first)
+    assert found.sum() > 500
+    assert found.tolist() == live_hits(accesses, policy, capacity, partial_first)

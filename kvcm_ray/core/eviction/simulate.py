@@ -1,7 +1,8 @@
 """A trace against a cache of so many blocks, through the same order and policies as a live group.
 
-One request looks up the leading run of present blocks, writes what is missing, touches all of its
-blocks, and then blocks are evicted down to the capacity. With a time to live, what nobody touched for
+One request looks up the leading run of present blocks, blocks leave to make room for what is missing, that
+is written, and its blocks become most recent. (A prompt that is larger than the cache, which a live group
+would refuse, is written and cut to the capacity.) With a time to live, what nobody touched for
 that long is gone before the request looks; a live group is a reclaim step later.
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from kvcm_ray.core.eviction.arrays import Flags, Ids
+from kvcm_ray.core.eviction.arrays import Ids
 from kvcm_ray.core.eviction.order import EvictionOrder
 from kvcm_ray.core.eviction.policy import Policy
 from kvcm_ray.core.requests import Keys
@@ -63,22 +64,20 @@ class SimulatedCache:
         self, blocks: Ids, now: int, *, read: bool = True, write: bool = True, partial: bool = False
     ) -> int:
         """Serve one request, of distinct blocks in prefix order; how many leading ones were present,
-        0 if it does not read.
-
-        As a live group does: what is missing comes in, then what was there becomes most recent.
-        """
+        0 if it does not read."""
         self._expire(now)
-        present = self._present[blocks]
-        found = len(blocks) if present.all() else int(present.argmin())
+        found = self._leading(blocks)
+        if read:
+            self._order.touch(blocks[:found], self._keys[blocks[:found]], now)
         if write:
-            self._admit(blocks, present, found, partial, now)
-        used = blocks[present] if write else blocks[:found]
-        self._order.touch(used, self._keys[used], now, used=read)
-        self._shrink(now)
+            self._write(blocks, now, partial)
         return found if read else 0
 
-    def _admit(self, blocks: Ids, present: Flags, found: int, partial: bool, now: int) -> None:
-        """A cache that is closed misses no block before one that it has."""
+    def _write(self, blocks: Ids, now: int, partial: bool) -> None:
+        """Step by step what a live group does: that decides what leaves, and what the policy learns."""
+        self._renew(blocks, now)
+        self._make_room(blocks, now)
+        present, found = self._present[blocks], self._leading(blocks)
         new = blocks[~present]
         if len(new):
             parent = int(blocks[found - 1]) if found else -1
@@ -86,16 +85,37 @@ class SimulatedCache:
             self._order.add(_LANE, new, self._keys[new], now, parent=parent, partial=flag)
             self._present[new] = True
             self._resident += len(new)
+            self._renew(blocks[present], now)
+        self._shrink(self._resident - self._capacity, now)
+
+    def _leading(self, blocks: Ids) -> int:
+        present = self._present[blocks]
+        return len(blocks) if present.all() else int(present.argmin())
+
+    def _renew(self, blocks: Ids, now: int) -> None:
+        """What is there of the prompt becomes most recent: the look-up has counted it."""
+        there = blocks[self._present[blocks]]
+        self._order.touch(there, self._keys[there], now, used=False)
+
+    def _make_room(self, blocks: Ids, now: int) -> None:
+        """For what is missing, as far as other blocks can make it; some of the prompt may leave, too."""
+        while True:
+            there = int(self._present[blocks].sum())
+            excess = self._resident + len(blocks) - there - self._capacity
+            if min(excess, self._resident - there) <= 0:
+                return
+            self._drop(self._order.victims((_LANE,), min(excess, self._resident - there), now))
 
     def _expire(self, now: int) -> None:
         if self._ttl and self._resident:
             self._drop(self._order.expired((_LANE,), now - self._ttl + 1, self._resident, now))
 
-    def _shrink(self, now: int) -> None:
-        while (excess := self._resident - self._capacity) > 0:
+    def _shrink(self, excess: int, now: int) -> None:
+        while excess > 0:
             victims = self._order.victims((_LANE,), excess, now)
             assert len(victims), "nothing is held or leased here"
             self._drop(victims)
+            excess -= len(victims)
 
     def _drop(self, victims: Ids) -> None:
         self._order.remove(victims, self._keys[victims], evicted=True)

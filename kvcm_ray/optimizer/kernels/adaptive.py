@@ -337,9 +337,20 @@ def _replay(
             found += 1
         if read:
             hits[request] = found
-        if write and found < len(asked):
-            _admit(cells, state, memory, settings, keys, asked[found:], partial[request], now)
-        _touch(cells, state, settings, asked[:found], read, now)
+        if found and (read or write):
+            _touch(cells, state, settings, asked[:found], read, now)
+        if not write or found == len(asked):
+            continue
+        while True:  # make room
+            excess = min(state.resident + len(asked) - found - capacity, state.resident - found)
+            if excess <= 0:
+                break
+            _select(cells, state, lists, excess, np.int64(_ALL))
+            _drop(cells, state, memory, settings, keys, lists)
+            while found and cells[asked[found - 1]].klass == _ABSENT:  # some of the prompt itself left
+                found -= 1
+        _admit(cells, state, memory, settings, keys, asked[found:], partial[request], now)
+        _touch(cells, state, settings, asked[:found], False, now)
         while state.resident > capacity:
             _select(cells, state, lists, state.resident - capacity, np.int64(_ALL))
             _drop(cells, state, memory, settings, keys, lists)

@@ -6,6 +6,8 @@ is the order of the last touches. Blocks that nobody touched for `ttl` are gone;
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -48,6 +50,17 @@ def _band(uses: int) -> int:
 
 
 @jit
+def _drop_next(after: I32, before: I32, bands: U8, lowest: int) -> Any:
+    """Drop the head of the lowest band that is not empty, none of which is below `lowest`; which it was."""
+    while after[lowest] == lowest:
+        lowest += 1
+    block = after[lowest]
+    _unlink(after, before, block)
+    bands[block] = _ABSENT
+    return lowest
+
+
+@jit
 def banded(
     blocks: I32, offsets: I64, ops: U8, partial: Flags, times: I64, unique: int, capacity: int, ttl: int,
     by_uses: bool,
@@ -78,29 +91,36 @@ def banded(
             found += 1
         if op & _READ:
             hits[request] = found - start
-        stop = end if op & _WRITE else found
-        for i in range(stop - 1, found - 1, -1):
+            for i in range(start, found):
+                uses[blocks[i]] = min(uses[blocks[i]] + 1, _USES_MAX)
+        for i in range(found - 1, start - 1, -1):
+            block = blocks[i]
+            _unlink(after, before, block)
+            if op & _READ:
+                bands[block] = _band(uses[block]) if by_uses else 1
+            touched[block] = now
+            _append(after, before, unique + bands[block], block)
+        if not op & _WRITE or found == end:
+            continue
+        lowest = unique
+        while resident + end - found > capacity and resident > found - start:
+            lowest = _drop_next(after, before, bands, lowest)
+            resident -= 1
+            while found > start and bands[blocks[found - 1]] == _ABSENT:  # some of the prompt itself left
+                found -= 1
+        for i in range(end - 1, found - 1, -1):
             block = blocks[i]
             uses[block] = 1
             bands[block] = 0 if partial[request] and i == end - 1 else 1
             touched[block] = now
             _append(after, before, unique + bands[block], block)
-        resident += stop - found
         for i in range(found - 1, start - 1, -1):
-            block = blocks[i]
-            _unlink(after, before, block)
-            if op & _READ:
-                uses[block] = min(uses[block] + 1, _USES_MAX)
-                bands[block] = _band(uses[block]) if by_uses else 1
-            touched[block] = now
-            _append(after, before, unique + bands[block], block)
+            _unlink(after, before, blocks[i])
+            _append(after, before, unique + bands[blocks[i]], blocks[i])
+        resident += end - found
         lowest = unique
         while resident > capacity:
-            while after[lowest] == lowest:
-                lowest += 1
-            block = after[lowest]
-            _unlink(after, before, block)
-            bands[block] = _ABSENT
+            lowest = _drop_next(after, before, bands, lowest)
             resident -= 1
     return hits
 
