@@ -3,7 +3,7 @@
 Every candidate is replayed through whole traces, because a cache that begins empty in the middle would be
 another cache; only what is counted differs. Nothing of a second half is looked at before the choice is
 made. The halves are of the same traffic though, minutes apart: on other traffic the choice may be worth
-less, and so may the comparison with settings that somebody chose with the whole traces in view.
+less.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class HalfRow:
     trace: str
     capacity: int  #: blocks
     lru: float
-    before: float  #: the adaptive policy with production's settings
+    production: float  #: the adaptive policy with the settings in the code
     tuned: float  #: with those that were chosen
     optimum: float  #: most that any policy could have
 
@@ -47,7 +47,7 @@ class Tuned:
     @property
     def gain(self) -> float:
         """Mean difference of the hit ratio to production's settings in the second halves."""
-        return float(np.mean([row.tuned - row.before for row in self.rows]))
+        return float(np.mean([row.tuned - row.production for row in self.rows]))
 
     @property
     def better(self) -> bool:

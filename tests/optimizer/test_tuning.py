@@ -46,15 +46,15 @@ def test_what_is_counted_where() -> None:
     (row,) = tuned.rows
     blocks = trace().lengths
     for name, policy, settings in (
-        ("lru", "lru", None), ("before", "adaptive", None), ("tuned", "adaptive", tuned.settings),
+        ("lru", "lru", None), ("production", "adaptive", None), ("tuned", "adaptive", tuned.settings),
     ):  # fmt: skip
         hits = replay(trace(), policy, 300, settings=settings)
         assert getattr(row, name) == hits[400:].sum() / blocks[400:].sum()
     chosen = replay(trace(), "adaptive", 300, settings=tuned.settings)
     assert tuned.chosen_by.max() == chosen[:400].sum() / blocks[:400].sum()
-    assert tuned.gain == row.tuned - row.before
+    assert tuned.gain == row.tuned - row.production
     assert tuned.better == (tuned.gain > 0)
-    assert max(row.lru, row.before, row.tuned) < row.optimum
+    assert max(row.lru, row.production, row.tuned) < row.optimum
     assert row.optimum > optimum(trace(), [300])[0] / blocks.sum() / 2
 
 

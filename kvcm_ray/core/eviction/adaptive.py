@@ -32,19 +32,18 @@ _CLASS_OF_USES: U8 = np.array([_ONCE, _ONCE, 2, 2, 3], np.uint8)
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveSettings:
-    """Numbers that no argument gives. Those of production were chosen with two whole traces in view, so
-    what these traces give is optimistic for others. `kvcm_ray.optimizer.tuning` chose others by the first
-    halves of the traces; in the second halves they were no better, so these stay (`kvcm bench optimizer`).
+    """Numbers that no argument gives: the best of a grid on the first halves of two traces. What they give
+    on the second halves is told by `kvcm bench optimizer`; see `kvcm_ray.optimizer.tuning`.
 
     Raises:
         InvalidArgument: one is out of range.
     """
 
-    stay_first: float = 0.5  #: stay of the second class at the beginning; in units of resident blocks
+    stay_first: float = 2.0  #: stay of the second class at the beginning; in units of resident blocks
     stay_max: float = 8.0
-    period: float = 0.1  #: time between two adjustments, in the same unit
-    step: float = 0.05  #: the most that a stay changes at once
-    kept: float = 0.9  #: share of the counts that is carried over into the next period
+    period: float = 0.2  #: time between two adjustments, in the same unit
+    step: float = 0.1  #: the most that a stay changes at once
+    kept: float = 0.95  #: share of the counts that is carried over into the next period
     prior: float = 10.0  #: evictions that a class is credited with, at the rate of those used once
     remembered: float = 2.0  #: evicted blocks that are remembered at least, in the same unit
 
