@@ -18,6 +18,7 @@ from kvcm_ray.cli.output import BYTES
 
 POINTS = 40
 POINTS_MAX = 10_000
+NUMBER_MAX = 1 << 53  #: blocks or bytes, eight PiB; as `optimizer.analysis.CAPACITY_MAX`
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Capacities(click.ParamType):  # type: ignore[type-arg]
     def _range(self, text: str, param: Any, ctx: Any) -> Range:
         first, dots, rest = text.partition("..")
         last, colon, count = rest.partition(":")
-        if not first or (dots and not last) or (colon and not count.isdigit()):
+        if not first or (dots and not last) or (colon and not _whole(count)):
             self.fail(f"{text!r} is neither a capacity nor a range such as 1000..200000:40", param, ctx)
         least, bytes_least = self._one(first.strip(), param, ctx)
         most, bytes_most = self._one(last.strip(), param, ctx) if dots else (least, bytes_least)
@@ -56,7 +57,7 @@ class Capacities(click.ParamType):  # type: ignore[type-arg]
 
     def _one(self, text: str, param: Any, ctx: Any) -> tuple[int, bool]:
         """(the number, whether it counts bytes)."""
-        if text.isdigit():
+        if _whole(text):
             number, in_bytes = int(text), False
         elif re.fullmatch(r"[0-9].*[A-Za-z]+", text):
             number, in_bytes = BYTES.convert(text, param, ctx), True
@@ -64,7 +65,14 @@ class Capacities(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{text!r} is not a capacity; write 5000 (blocks) or 64GiB", param, ctx)
         if number < 1:
             self.fail(f"{text!r}: a capacity is at least one block", param, ctx)
+        if number > NUMBER_MAX:
+            self.fail(f"{text!r} is more than any cache holds", param, ctx)
         return number, in_bytes
+
+
+def _whole(text: str) -> bool:
+    """Whether it is a number in ASCII digits; ``isdigit`` alone takes ones that `int` does not."""
+    return text.isascii() and text.isdigit()
 
 
 def in_blocks(ranges: Sequence[Range], block_bytes: float | None) -> list[int]:

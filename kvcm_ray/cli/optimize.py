@@ -6,6 +6,7 @@ Nothing runs for it: a trace is replayed in this process, or in Ray tasks with `
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -83,6 +84,10 @@ def optimize(trace: str, as_json: bool, **options: Any) -> None:
         raise click.UsageError("--group writes a file for `kvcm group update`: say where with --out")
     if options["group"] and not options["model"]:
         raise click.UsageError("--group needs --model: a quota is in bytes, and it says how large a block is")
+    if options["out"]:
+        from kvcm_ray.optimizer.report import files
+
+        files.prepare(options["out"])
     with _progress() as progress:
         analysis = _analysed(trace, options, progress)
     found = analysis.to_dict()
@@ -155,7 +160,7 @@ def lines(analysis: Analysis, files: Sequence[str], group: str | None) -> list[s
     if files:
         folder = Path(files[0]).parent
         found += ["", f"{len(files)} files in {folder}; begin with {folder / 'report.html'}"]
-        found += [f"kvcm group update {group} --from {files[-1]}"] if group else []
+        found += [shlex.join(["kvcm", "group", "update", group, "--from", files[-1]])] if group else []
     return found
 
 

@@ -143,6 +143,12 @@ async def _run(
             specs={"tp0": block_bytes},
             model_name=f"replay-{block_bytes}",
         )
+        stored = (await client.instance(instance.info.instance_id)).info
+        if stored.instance_group_name != group:
+            raise InvalidArgument(
+                f"instance {stored.instance_id!r} is in group {stored.instance_group_name!r}, not {group!r}",
+                hint="Name another one with --instance.",
+            )
         with _Progress(_total(trace, options)) as progress:
             run = Replay(
                 instance,

@@ -39,6 +39,7 @@ Progress = Callable[[int, int], None]
 DEFAULT_POLICIES = ("lru", "lfu", "adaptive")
 DEFAULT_POINTS = 40
 _DEFAULT_SPAN = 64  #: from the footprint divided by this, to the footprint
+CAPACITY_MAX = 1 << 53  #: blocks; beyond it neighbours are one floating-point number
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Analysis:
     policies: tuple[str, ...]
     rows: tuple[Row, ...]  #: (p * c,) by policy, then by capacity
     optimum: I64 | None  #: (c,) hit blocks; None with a sample
-    curve: Curve | None  #: of lru at every capacity; None if blocks expire
+    curve: Curve  #: of lru at every capacity, as if no block expired; see `hit_curve`
     infinite_hit_blocks: int
     knee: Row  #: of the first policy: where more capacity begins to bring less
     best: Row | None  #: None if nothing says what is good: neither money nor a target
@@ -69,6 +70,14 @@ class Analysis:
     def optimum_hit_ratios(self) -> F64 | None:
         """(c,)"""
         return None if self.optimum is None else self.optimum / max(1, self.facts.accessed_blocks)
+
+    @property
+    def optimum_exact(self) -> bool | None:
+        """Whether some policy that knew the future could reach the optimum; False: it is only an upper bound
+        of that (see `curve.optimum`). None without an optimum."""
+        if self.accesses is None or self.optimum is None:
+            return None
+        return self.accesses.whole and self.accesses.chained
 
     @property
     def block_bytes(self) -> float | None:
@@ -156,6 +165,7 @@ class Analysis:
             "trace": self.facts.to_dict(),
             "rows": [row.to_dict() for row in self.rows],
             "optimum": [] if self.optimum is None else self._optimum(),
+            "optimum_exact": self.optimum_exact,
             "infinite_hit_blocks": self.infinite_hit_blocks,
             "infinite_hit_ratio": self.infinite_hit_ratio,
             "knee": self.knee.to_dict(),
@@ -278,6 +288,8 @@ def analyse(
     if accesses is None or rate is not None or accesses.sample_level:
         what = _What(label, _checked_policies(("lru",) if policies is None else policies), model, costs)
         _only_lru(what.policies, partial_first, ttl_s)
+        if budget_usd_per_hour is not None:
+            raise InvalidArgument("a budget needs the hits of each request, which a sample does not tell")
         source = trace if accesses is None else accesses
         told = tokens_of_block(source, block_tokens)
         found = _from_sample(what, _drawn(source, rate), told, capacities)
@@ -308,7 +320,7 @@ def chosen_capacities(capacities: Sequence[int] | None, footprint: int) -> I64:
     """(c,) increasing, without repeats.
 
     Raises:
-        InvalidArgument: there is none, or one is not positive.
+        InvalidArgument: there is none, or one is not positive, or beyond `CAPACITY_MAX`.
     """
     if capacities is None:
         footprint = max(1, footprint)
@@ -317,6 +329,8 @@ def chosen_capacities(capacities: Sequence[int] | None, footprint: int) -> I64:
         raise InvalidArgument("give at least one capacity")
     for capacity in capacities:
         positive(int(capacity))
+        if capacity > CAPACITY_MAX:
+            raise InvalidArgument(f"a capacity is at most {CAPACITY_MAX:,} blocks, not {capacity:,}")
     return np.unique(np.array([int(capacity) for capacity in capacities], np.int64))
 
 
@@ -416,9 +430,10 @@ def tokens_of_block(trace: str | Path | Accesses, given: int = 0) -> int:
 
 
 def _drawn(trace: str | Path | Accesses, rate: float | None) -> Sample:
+    rate = 1.0 if rate is None else rate
     if not isinstance(trace, Accesses):
-        return sample_file(trace, rate or 1.0)
-    return recorded_sample(trace) if trace.sample_level else sample(trace, rate or 1.0)
+        return sample_file(trace, rate)
+    return recorded_sample(trace) if trace.sample_level else sample(trace, rate)
 
 
 def _from_sample(what: _What, drawn: Sample, block_tokens: int, capacities: Sequence[int] | None) -> Analysis:

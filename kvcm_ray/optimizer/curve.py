@@ -7,6 +7,10 @@ capacity at which it hits, and a histogram of these gives the hits at every capa
 The optimum drops the block whose next use is farthest, of two in one request the deeper one. A parent's
 next use is never later than its child's, so this keeps prefixes closed: it is attainable, and for hit
 blocks nothing is better (for costs that grow with the place in the prompt something may be).
+
+Where look-ups and writes are recorded apart, a look-up touches the leading run of what was ever written,
+and a write all of its blocks. That is exact if the write of what a look-up missed comes right behind it;
+behind other requests it is near, since a block has its place in the stack meanwhile, and `replay` is exact.
 """
 
 from __future__ import annotations

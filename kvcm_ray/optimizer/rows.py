@@ -50,6 +50,8 @@ class Row:
             "token_hit_ratio": self.token_hit_ratio,
             "optimum_gap": self.optimum_gap,
         }
+        if self.totals.held_blocks:
+            row["held_hit_blocks"] = self.totals.held_hit_blocks
         if self.capacity_bytes is not None:
             row["capacity_bytes"] = round(self.capacity_bytes)
         return row | (_of_worth(self.worth) if self.worth else {})

@@ -199,6 +199,19 @@ def test_replay_text_and_refusals(kvcm: Kvcm, tmp_path: Path) -> None:
     assert (bad.code, "line 1" in bad.json["error"]["message"]) == (1, True)
 
 
+def test_replay_does_not_fill_another_group(kvcm: Kvcm, tmp_path: Path) -> None:
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"timestamp": 0, "input_length": 512, "output_length": 1, "hash_ids": [1]}\n')
+    replay = ("replay", str(path), "--via", "http", "--instance", "mine")
+    assert kvcm(*replay).code == 0
+    assert kvcm("group", "create", "other", "--quota", "1MiB", "--storage", "memory").code == 0
+    refused = kvcm(*replay, "--group", "other")
+    assert refused.code == 1
+    assert "instance 'mine' is in group 'default', not 'other'" in refused.err
+    assert kvcm(*replay[:-1], "theirs", "--group", "other").code == 0
+    assert kvcm("group", "remove", "other", "--force", "--yes").code == 0
+
+
 def test_replay_that_does_not_fit_says_so(kvcm: Kvcm, tmp_path: Path) -> None:
     kvcm("group", "create", "tiny", "--quota", "150", "--storage", "files")
     path = trace(tmp_path, [1], [3, 4], [1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,24 @@ def test_look_ups_and_writes_of_their_own(optimize: Run, tmp_path: Path) -> None
     assert found["rows"][0]["token_hit_ratio"] is None, "the log does not say how long prompts are"
 
 
+def test_where_they_are_apart_the_optimum_is_said_to_be_a_bound(optimize: Run, tmp_path: Path) -> None:
+    arguments = ("--capacity", "2,3", "--policy", "lru")
+    assert "only an upper bound" in optimize(events(tmp_path), *arguments).out
+    assert optimize(events(tmp_path), *arguments, "--json").json["optimum_exact"] is False
+    assert "upper bound" not in optimize("synthetic", *arguments).out
+    assert optimize("synthetic", *arguments, "--json").json["optimum_exact"] is True
+
+
+def test_hits_that_engines_held_are_told_apart(optimize: Run, tmp_path: Path) -> None:
+    log = Path(events(tmp_path))
+    log.write_text(log.read_text().replace('"block_mask": 0', '"block_mask": 1'))
+    ran = optimize(str(log), "--capacity", "3", "--policy", "lru")
+    assert "Engines held 3 of the blocks looked up already." in ran.out
+    assert "2 were such: this cache alone gave 4." in ran.out
+    assert optimize(str(log), "--capacity", "3", "--json").json["rows"][0]["held_hit_blocks"] == 2
+    assert "held_hit_blocks" not in optimize("synthetic", "--capacity", "3", "--json").json["rows"][0]
+
+
 def test_a_sample_is_near_and_says_so(optimize: Run) -> None:
     found = optimize("synthetic", "--rate", "0.125", "--capacity", "10000", "--json").json
     assert found["trace"]["sample_rate"] == 0.125
@@ -181,6 +200,42 @@ def test_sentences_say_what_was_assumed(optimize: Run) -> None:
     assert "the cheapest that reaches 0.3" in out
 
 
+def test_slow_loading_is_said(optimize: Run) -> None:
+    arguments = ("synthetic", "--policy", "lru", "--capacity", "1000,5000,9000", "--model", "smollm2-135m")
+    slow = optimize(*arguments, "--tier-read", "100MB/s").out
+    assert "Loading from dram is mostly slower than recomputing: of the requests with hits, 100% at" in slow
+    assert "slower than recomputing" not in optimize(*arguments, "--tier-read", "9TB/s").out
+
+
+def test_hits_that_engines_held_are_not_slow_to_load(optimize: Run, tmp_path: Path) -> None:
+    log = Path(events(tmp_path))
+    log.write_text(log.read_text().replace('"block_mask": 0', '"block_mask": 3'))
+    arguments = ("--policy", "lru", "--capacity", "3", "--model", "smollm2-135m", "--block-tokens", "16")
+    out = optimize(str(log), *arguments).out
+    assert "this cache alone gave 0." in out
+    assert "slower than recomputing" not in out, "nothing is loaded"
+
+
+def test_small_figures_are_not_rounded_to_nothing(optimize: Run) -> None:
+    out = optimize("synthetic", "--policy", "lru", "--capacity", "9", "--model", "smollm2-135m").out
+    assert " 0.00 " not in out
+    assert " 0 ms" not in out
+
+
+def test_a_knee_at_an_end_is_said_to_be_none(optimize: Run) -> None:
+    assert "says little" in optimize("synthetic", "--policy", "lru", "--capacity", "1000").out
+    assert "says little" not in optimize("synthetic", "--policy", "lru").out
+
+
+def test_names_are_quoted_for_the_shell(optimize: Run, tmp_path: Path) -> None:
+    out = tmp_path / "a report"
+    arguments = ("--capacity", "9", "--policy", "lru", "--model", "llama-3-8b")
+    ran = optimize("synthetic", *arguments, "--group", "a/b c", "--out", str(out))
+    written = shlex.split(ran.out.splitlines()[-1])
+    assert written[:4] == ["kvcm", "group", "update", "a/b c"]
+    assert Path(written[-1]).is_file()
+
+
 # ------------------------------------------------------------------------------------ wrong usage
 
 
@@ -191,6 +246,9 @@ def test_sentences_say_what_was_assumed(optimize: Run) -> None:
         (["synthetic", "--policy", "lru,fifo"], ["--policy", "no policy 'fifo'", "lru, "]),
         (["synthetic", "--capacity", "many"], ["--capacity", "'many' is not a capacity"]),
         (["synthetic", "--capacity", "9..3"], ["'9..3' ends before it begins"]),
+        (["synthetic", "--capacity", "²"], ["'²' is not a capacity"]),
+        (["synthetic", "--capacity", "9" * 23], ["more than any cache holds"]),
+        (["synthetic", "--capacity", "9223372036854775807"], ["more than any cache holds"]),
         (["synthetic", "--capacity", "0"], ["at least one block"]),
         (["synthetic", "--capacity", "64GiB"], ["--capacity", "--model"]),
         (["synthetic", "--block-tokens", "16"], ["--block-tokens", "have 512 tokens"]),
@@ -208,6 +266,17 @@ def test_wrong_usage(optimize: Run, arguments: list[str], words: list[str]) -> N
     for word in words:
         assert word in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_the_replays(
+    optimize: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    ran = optimize("nowhere.jsonl", "--out", str(tmp_path / "file" / "report"))
+    assert ran.code == 1
+    assert "cannot write the report" in ran.err
+    monkeypatch.setattr("kvcm_ray.optimizer.report.files.find_spec", lambda name: None)
+    assert "charts need matplotlib" in optimize("nowhere.jsonl", "--out", str(tmp_path / "report")).err
 
 
 def test_unknown_names_come_with_those_that_are_near(optimize: Run) -> None:

@@ -95,6 +95,7 @@ def test_look_ups_without_writes_only_look() -> None:
     found = analyse(accesses, capacities=[1, 2], policies=["lru"])
     assert [row.hit_blocks for row in found.rows] == [1, 2]
     assert (found.facts.requests, found.facts.accessed_blocks) == (3, 4)
+    assert found.optimum_exact is False
 
 
 def test_an_empty_cache_of_a_trace_without_repeats() -> None:
@@ -198,9 +199,11 @@ def test_refusals() -> None:
         ({"policies": []}, "at least one name"),
         ({"policies": "lru"}, "a list"),
         ({"capacities": []}, "at least one capacity"),
+        ({"capacities": [1 << 64]}, "at most 9,007,199,254,740,992 blocks"),
         ({"capacities": [5, 0]}, "at least one block, got 0"),
         ({"policies": ["lru", "lfu"], "rate": 0.5}, "estimates of lru only"),
         ({"policies": ["lru"], "rate": 0.5, "ttl_s": 3}, "neither a ttl"),
+        ({"policies": ["lru"], "rate": 0.0}, "rate"),
         ({"budget_usd_per_hour": 1.0}, "a budget needs a model"),
     ):
         with pytest.raises(InvalidArgument, match=words):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kvcm_ray.errors import InvalidArgument
-from kvcm_ray.optimizer import analyse, of_requests
+from kvcm_ray.optimizer import READ, WRITE, analyse, of_requests
 from kvcm_ray.optimizer.analysis import Analysis
 from kvcm_ray.optimizer.report import palette
 from kvcm_ray.optimizer.report.chart import canvas, round_numbers, short_bytes, short_count
@@ -108,6 +108,19 @@ def test_charts_say_what_was_found(analysis: Analysis) -> None:
     assert analysis.figure("hit_ratio")._repr_svg_() == svg
 
 
+def test_charts_say_what_policies_are_compared_with(analysis: Analysis) -> None:
+    apart = of_requests([[1, 2], [1, 2], [1, 2], [3, 4], [1, 2]], ops=[READ, WRITE, READ, WRITE, READ])
+    bound = analyse(apart, capacities=[1, 2, 4], policies=["lru"])
+    assert "optimum, at most" in bound.figure("hit_ratio").svg()
+    assert "below an upper bound of the optimum at worst" in bound.figure("policies").title
+    assert "the optimum" in analysis.figure("policies").svg()
+
+
+def test_a_knee_at_an_end_is_no_finding() -> None:
+    beyond = "beyond that each block brings less"
+    assert beyond not in analyse("synthetic", capacities=[1_000], policies=["lru"]).figure("hit_ratio").title
+
+
 def test_unknown_charts_are_refused(analysis: Analysis) -> None:
     with pytest.raises(InvalidArgument, match="no chart 'pie' here; there are hit_ratio"):
         analysis.figure("pie")
@@ -148,6 +161,11 @@ def test_tree_counts_every_block_once_whatever_is_shown() -> None:
     tree = hottest(accesses, np.zeros(6, np.int32), paths_max=1)
     assert [path.node.requests for path in tree.paths] == [2]
     assert (tree.paths_left, tree.requests_left) == (2, 4)
+
+
+def test_what_all_prompts_share_is_said_where_nothing_else_is() -> None:
+    same = analyse(of_requests([[1, 2], [1, 2]]), policies=["lru"])
+    assert same.figure("prefix_tree").title == "All prompts begin with the same 2 blocks; no two go on alike"
 
 
 def test_a_trace_without_a_tree_is_refused() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvcm_ray.optimizer.accesses import F64
-from kvcm_ray.optimizer.report import palette
+from kvcm_ray.optimizer.report import palette, text
 from kvcm_ray.optimizer.report.chart import (
     Chart,
     backed,
@@ -55,10 +55,14 @@ def _finding(analysis: Analysis) -> str:
     if not infinite:
         return "Nothing is asked for twice: no cache has any hits"
     share = knee.hit_ratio / infinite
-    return (
-        f"{knee.capacity_blocks:,} blocks{_bytes(analysis, knee.capacity_blocks)} give {share:.0%} of all "
-        f"hits there can be; beyond that each block brings less"
-    )
+    capacity = f"{knee.capacity_blocks:,} blocks{_bytes(analysis, knee.capacity_blocks)}"
+    found = f"{capacity} give {_percent(share)} of all hits there can be"
+    return f"{found}; beyond that each block brings less" if text.is_a_knee(analysis) else found
+
+
+def _percent(share: float) -> str:
+    """Not all, unless it is all."""
+    return f"{share:.1%}" if 0.995 <= share < 1 else f"{share:.0%}"
 
 
 def _bytes(analysis: Analysis, blocks: int) -> str:
@@ -100,8 +104,9 @@ def _optimum(axes: Axes, analysis: Analysis) -> None:
     x, y = analysis.capacities[upto], ratios[upto]
     axes.plot(x, y, color=colour, linewidth=1.6, linestyle=(0, (4, 2)))
     at, offset, side = _room(axes, analysis, x, y)
+    name = "offline optimum" if analysis.optimum_exact else "optimum, at most"
     axes.annotate(
-        "offline optimum", (x[at], y[at]), xytext=offset, textcoords="offset points", fontsize=9,
+        name, (x[at], y[at]), xytext=offset, textcoords="offset points", fontsize=9,
         color=colour, bbox=backed(), ha=side, va="bottom" if offset[1] > 0 else "top",
     )  # fmt: skip
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
-from kvcm_ray.errors import InvalidArgument
+from kvcm_ray.errors import InvalidArgument, Unsupported
 from kvcm_ray.optimizer.report.page import page
 from kvcm_ray.optimizer.report.palette import dark
 
@@ -28,10 +30,29 @@ if TYPE_CHECKING:
 PARTS = {"turn": "turns", "class": "classes", "instance": "instances"}
 
 
-def write(analysis: Analysis, folder: Path) -> list[Path]:
-    """Raises InvalidArgument if the folder cannot be written, Unsupported without matplotlib."""
+def prepare(folder: Path) -> None:
+    """Make the folder, and see that charts can be drawn: better known before an hour of replays than after.
+
+    Raises:
+        InvalidArgument: it cannot be made or written to.
+        Unsupported: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise Unsupported(
+            "charts need matplotlib, which is not installed", hint="pip install 'kvcm-ray[optimizer]'"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InvalidArgument(f"cannot write the report to {folder}: {error}") from error
+
+
+def write(analysis: Analysis, folder: Path) -> list[Path]:
+    """Raises as `prepare`."""
+    prepare(folder)
+    try:
         return [*_data(analysis, folder), *_pictures(analysis, folder)]
     except OSError as error:
         raise InvalidArgument(f"cannot write the report to {folder}: {error}") from error

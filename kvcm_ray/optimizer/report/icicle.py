@@ -43,12 +43,17 @@ def prefix_tree(tree: Tree, where: str, *, width: float, height: float) -> Chart
 
 
 def _finding(tree: Tree) -> str:
+    alike = sum(node.blocks for node in tree.trunk)
+    blocks = f"{alike} block{'s' if alike != 1 else ''}"
     if not tree.paths:
-        return "No two prompts go on alike"
+        return (
+            f"All prompts begin with the same {blocks}; no two go on alike"
+            if alike
+            else "No two prompts go on alike"
+        )
     share = 1 - tree.requests_left / max(1, tree.requests)
     hot = tree.paths[0]
-    alike = sum(node.blocks for node in tree.trunk)
-    start = f"Prompts part after {alike} block{'s' if alike != 1 else ''}; the" if alike else "The"
+    start = f"Prompts part after {blocks}; the" if alike else "The"
     return (
         f"{start} hottest {len(tree.paths)} paths take {share:.0%} of look-ups, the first alone "
         f"{hot.accessed_blocks:,} blocks, {hot.hit_ratio:.0%} of them hits"

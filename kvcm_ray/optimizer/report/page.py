@@ -75,7 +75,8 @@ def _facts(analysis: Analysis) -> str:
         ("endless cache", f"{analysis.infinite_hit_ratio:.1%}", f"{analysis.facts.unique_blocks:,} blocks"),
     ]
     if knee.optimum_gap is not None:
-        facts.append(("to the optimum there", f"{knee.optimum_gap * 100:.1f} pt", "of hit ratio"))
+        bound = "optimum" if analysis.optimum_exact else "bound of the optimum"
+        facts.append((f"to the {bound} there", f"{knee.optimum_gap * 100:.1f} pt", "of hit ratio"))
     if analysis.best is not None:
         best = analysis.best
         facts.append(

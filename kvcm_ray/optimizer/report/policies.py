@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvcm_ray.optimizer.report import palette
+from kvcm_ray.optimizer.report import palette, text
 from kvcm_ray.optimizer.report.chart import Chart, canvas
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def policy_gaps(analysis: Analysis, *, width: float) -> Chart:
     most = max((float(np.nanmax(values, initial=0)) for values in gaps.values()), default=0.0)
     title = _finding(analysis, order, gaps, chosen)
     shown = range(len(chosen)) if width > 5.5 else range(len(chosen))[::2]
-    to = "the optimum" if analysis.optimum_hit_ratios is not None else "an endless cache"
+    to = text.optimum(analysis)
     figure, panels = canvas(
         title, f"{analysis.label}: points of hit ratio below {to}, smaller is better",
         width=width, height=0.2 + 0.3 * len(order), panels=len(shown),
@@ -84,13 +84,13 @@ def _finding(
     analysis: Analysis, order: list[str], gaps: dict[str, np.typing.NDArray[np.float64]], chosen: list[int]
 ) -> str:
     if len(order) == 1:
-        return f"{order[0]} is {np.nanmax(gaps[order[0]]):.0f} points below the optimum at worst"
+        return f"{order[0]} is {np.nanmax(gaps[order[0]]):.0f} points below {text.optimum(analysis)} at worst"
     first, last = order[0], order[-1]
     apart = gaps[last] - gaps[first]
     if float(np.nanmax(np.abs(apart))) < 0.5:
         return "The policies are within half a point of each other: capacity matters, the policy does not"
     at = int(np.nanargmax(apart))
     return (
-        f"{first} comes closest to the optimum; it is {apart[at]:.1f} points ahead of {last} at "
+        f"{first} comes closest to {text.optimum(analysis)}; it is {apart[at]:.1f} points ahead of {last} at "
         f"{analysis.capacities[chosen[at]]:,} blocks"
     )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvcm_ray.optimizer.rows import Row
 
 _CAPACITIES_MAX = 12  #: in the table; files have them all
+_SLOWER_MIN = 0.01  #: of the requests with hits; fewer are not worth a sentence
 
 
 def shown(analysis: Analysis, capacities_max: int = _CAPACITIES_MAX) -> list[Row]:
@@ -51,9 +52,20 @@ def _money(row: Row) -> list[str]:
     assert row.worth is not None
     net = row.worth.net_usd_per_hour
     return [
-        f"{row.worth.gpu_hours_saved:,.2f}", f"{row.worth.change_s.mean * 1e3:+,.0f} ms",
+        hours(row.worth.gpu_hours_saved), milliseconds(row.worth.change_s.mean),
         "-" if math.isnan(net) else dollars(net),
     ]  # fmt: skip
+
+
+def hours(value: float) -> str:
+    """``1,234``, ``5.67``, ``0.0012``."""
+    return f"{value:.2g}" if 0 < abs(value) < 0.1 else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
+
+def milliseconds(seconds: float) -> str:
+    """A change: ``-1,234 ms``, ``+0.012 ms``."""
+    value = seconds * 1e3
+    return f"{value:+.2g} ms" if 0 < abs(value) < 10 else f"{value:+,.0f} ms"
 
 
 def dollars(value: float) -> str:
@@ -95,14 +107,55 @@ def sentences(analysis: Analysis) -> list[str]:
     ]
     if not analysis.infinite_hit_blocks:
         return found
-    found.append(
-        f"Knee of {knee.policy}: {knee.capacity_blocks:,} blocks, {knee.hit_ratio:.2%}. "
-        "Before it a further block brings more than the average one of the range, behind it less."
-    )
+    found += [_knee(analysis), *_reservations(analysis)]
     if knee.worth and analysis.model and analysis.costs:
         found += _assumed(analysis, analysis.model, analysis.costs, knee.worth)
     if analysis.best is not None:
         found.append(_best(analysis, analysis.best))
+    return found
+
+
+def _knee(analysis: Analysis) -> str:
+    knee = analysis.knee
+    found = f"Knee of {knee.policy}: {knee.capacity_blocks:,} blocks, {knee.hit_ratio:.2%}."
+    if is_a_knee(analysis):
+        found += " Before it a further block brings more than the average one of the range, behind it less."
+    else:
+        found += " It is at an end of these capacities, so it says little."
+    return found
+
+
+def is_a_knee(analysis: Analysis) -> bool:
+    """Whether there are capacities on both sides; those of one or two points are a knee only in name."""
+    return bool(analysis.capacities[0] < analysis.knee.capacity_blocks < analysis.capacities[-1])
+
+
+def optimum(analysis: Analysis) -> str:
+    """What policies are compared with."""
+    return "the optimum" if analysis.optimum_exact else "an upper bound of the optimum"
+
+
+def _reservations(analysis: Analysis) -> list[str]:
+    """What makes the figures less than they seem."""
+    found, knee = [], analysis.knee.totals
+    if analysis.optimum_exact is False and analysis.accesses is not None:
+        why = (
+            "Look-ups and writes are recorded apart here"
+            if not analysis.accesses.whole
+            else "Blocks do not always come after the same block here"
+        )
+        found.append(
+            f"{why}, so the optimum is only an upper bound: no policy is above it, but perhaps none can "
+            "reach it."
+        )
+    if analysis.model and analysis.accesses is None:
+        found.append("What hits are worth depends on which requests have them; a sample does not tell.")
+    if knee.held_blocks:
+        found.append(
+            f"Engines held {knee.held_blocks:,} of the blocks looked up already. Of the hits at the knee "
+            f"{knee.held_hit_blocks:,} were such: this cache alone gave "
+            f"{knee.hit_blocks - knee.held_hit_blocks:,}."
+        )
     return found
 
 
@@ -116,17 +169,33 @@ def _assumed(analysis: Analysis, model: Model, costs: Costs, worth: Worth) -> li
         f"Taken for granted: {model.name} on {costs.gpus_per_replica} x {costs.gpu.name} at "
         f"{costs.utilisation:.0%} of the peak and {dollars(costs.usd_per_gpu_hour)} a GPU-hour{tier}; "
         "an idle engine, with no queue.",
-        f"Prefill without a cache takes {worth.gpu_hours_needed:,.1f} GPU-hours. At the knee "
-        f"{worth.gpu_hours_saved:,.1f} of them are saved, and the time to first token changes by "
-        f"{change.mean * 1e3:+,.0f} ms on average (median {change.p50 * 1e3:+,.0f}, "
-        f"99th percentile {change.p99 * 1e3:+,.0f}).",
+        f"Prefill without a cache takes {hours(worth.gpu_hours_needed)} GPU-hours. At the knee "
+        f"{hours(worth.gpu_hours_saved)} of them are saved, and the time to first token changes by "
+        f"{milliseconds(change.mean)} on average (median {milliseconds(change.p50)}, "
+        f"99th percentile {milliseconds(change.p99)}).",
     ]
-    if worth.worth_loading < 1 and analysis.knee.hit_blocks:
-        found.append(
-            f"Of the requests with hits, {1 - worth.worth_loading:.0%} would be served sooner by recomputing "
-            "than by reading from that tier."
-        )
-    return found
+    return found + _slower(analysis, costs)
+
+
+def _slower(analysis: Analysis, costs: Costs) -> list[str]:
+    """Whether reading hits takes longer than computing them again."""
+    rows = {"at the knee": analysis.knee, "with the best": analysis.best}
+    slower = {
+        name: 1 - row.worth.worth_loading
+        for name, row in rows.items()
+        if row and row.worth and row.worth.load_s and 1 - row.worth.worth_loading >= _SLOWER_MIN
+    }
+    if analysis.best == analysis.knee:
+        slower.pop("with the best", None)
+    if not slower:
+        return []
+    tiers = " and ".join(tier.name for tier in costs.tiers)
+    often = "mostly" if max(slower.values()) > 0.5 else "sometimes"
+    shares = " and ".join(f"{share:.0%} {name}" for name, share in slower.items())
+    return [
+        f"Loading from {tiers} is {often} slower than recomputing: of the requests with hits, {shares} would "
+        "have their first token sooner without the cache."
+    ]
 
 
 def _best(analysis: Analysis, best: Row) -> str:
