@@ -32,16 +32,18 @@ class Advisor:
     def __init__(self, estimate: ReuseEstimate | None = None) -> None:
         self._estimate = estimate or ReuseEstimate()
         self._lock = threading.Lock()
+        self._block_bytes: Mapping[str, int] = {}
 
     def feed(self, observed: Observed) -> None:
         """Count these requests."""
         with self._lock:
+            self._estimate.weigh(self._block_bytes)
             self._estimate.feed(observed)
 
     def weigh(self, block_bytes: Mapping[str, int]) -> None:
-        """How large the blocks of each instance are: those of different size are told apart from now on."""
-        with self._lock:
-            self._estimate.weigh(block_bytes)
+        """How large the blocks of each instance are: those of different size are told apart from now on.
+        Waits for nothing, so that the group's loop may call it."""
+        self._block_bytes = dict(block_bytes)
 
     def report(
         self, capacity: Mapping[str, Any], block_bytes: Mapping[str, int], factors: Sequence[float] = FACTORS
@@ -116,14 +118,16 @@ def _filled(capacity: Mapping[str, Any]) -> float:
 
 def _knee(edges: F64, ratios: F64) -> float | None:
     """The size from which on each doubling is worth less than on average: where the curve over the logarithm
-    of the size is highest above the straight line between its ends. None without hits."""
+    of the size is highest above the straight line between its ends, or at its end if it is nowhere above.
+    None without hits."""
     first = int(np.searchsorted(ratios, 1e-9, side="right"))
     last = int(np.searchsorted(ratios, ratios[-1] * (1 - 1e-6)))
     if last <= first:
         return None
     rise = (ratios[first : last + 1] - ratios[first]) / (ratios[last] - ratios[first])
     line = np.linspace(0.0, 1.0, last - first + 1)  # edges are evenly spaced in the logarithm
-    return float(edges[first + int(np.argmax(rise - line))])
+    above = rise - line
+    return float(edges[first + int(above.argmax())] if above.max() > 0 else edges[last])
 
 
 def _check(factors: Sequence[float]) -> None:

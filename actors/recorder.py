@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import queue
 import re
 import threading
@@ -169,7 +170,7 @@ class Recorder:
     def _new_file(self) -> Path:
         stem = f"{safe_name(self._group)}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
         file, count = self._directory / f"{stem}.jsonl.gz", 1
-        while file.exists():
+        while os.path.exists(file):  # `Path.exists` raises where it may not look
             count += 1
             file = self._directory / f"{stem}_{count}.jsonl.gz"
         return file
@@ -197,6 +198,7 @@ class _Recording:
         self._dropped = 0  #: requests that found the queue full; only the feeding thread writes it
         self._written, self._pending, self._refused = Tally(), Tally(), Tally()
         self._begin_s, self._begin_time_s = time.monotonic(), time.time()
+        self._from_s = self._begin_time_s  #: of what is wanted, by the clock of the requests
         self._end_s: float | None = None
         self._state = ""  #: why it ended
         self._asked = "stopped"  #: why, if it is ended by `stop`
@@ -205,9 +207,7 @@ class _Recording:
             **({"sample_level": options.level} if options.level else {}),
         )  # fmt: skip
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = TraceWriter(file, first, new=True)
-            self._writer.flush()
+            self._writer = _begun(file, first)
         except OSError as error:
             raise StorageIOError(f"cannot write the recording {file}: {error}") from error
         self._thread = threading.Thread(target=self._run, name=f"recording-{group}", daemon=True)
@@ -255,6 +255,7 @@ class _Recording:
     def _run(self) -> None:
         try:
             self._state = self._record()
+            self._end_s = time.monotonic()
             self._lost_after = self._lost()
             self._writer.add(end_line(self._summary()))
             self._writer.flush()
@@ -263,7 +264,7 @@ class _Recording:
             self._refused.add(self._pending)
             self._state = f"failed: {error}"
         finally:
-            self._end_s = time.monotonic()
+            self._end_s = self._end_s or time.monotonic()
             self._writer.close()
 
     def _record(self) -> str:
@@ -289,7 +290,9 @@ class _Recording:
 
     def _wanted(self, observed: Observed) -> Observed:
         """Since the recording began, and of the instance that was asked for."""
-        rows = observed.times_s >= self._begin_time_s
+        rows = observed.times_s >= self._from_s
+        if rows.any():
+            self._from_s = -math.inf  # requests are in order; the clock may be set back later
         if self._options.instance_id:
             rows &= np.array([each == self._options.instance_id for each in observed.instance_ids], np.bool_)
         return selected(observed, np.flatnonzero(rows))
@@ -312,6 +315,19 @@ class _Recording:
         (self._written if done else self._refused).add(self._pending)
         self._pending = Tally()
         return done
+
+
+def _begun(file: Path, first: bytes) -> TraceWriter:
+    """A new file with its header, or none. Raises `OSError`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    writer = TraceWriter(file, first, new=True)
+    try:
+        writer.flush()
+    except OSError:
+        writer.close()
+        file.unlink()
+        raise
+    return writer
 
 
 def parts(observed: Observed) -> Iterator[Observed]:

@@ -179,9 +179,9 @@ class GroupService:
 
     def stop(self) -> None:
         """End the loop and close everything; waits for it."""
+        self._aside.shutdown(cancel_futures=True)  # while the loop answers those under way
         self._inbox.put(None)
         self._thread.join()
-        self._aside.shutdown()
 
     def _ask(self, work: Callable[[], Any]) -> Future[Any]:
         job = _Job(work, Future[Any]())
@@ -368,7 +368,9 @@ class GroupService:
     def _advise(self, factors: Sequence[float]) -> dict[str, Any]:
         self.observer.flush()
         sizes = {info.instance_id: info.block_bytes for info in self.engine.infos()}
-        return self.advisor.report(self.capacity().result(), sizes, factors)
+        report = self.advisor.report(self.capacity().result(), sizes, factors)
+        report["observed"]["missing_requests"] = self.observer.dropped
+        return report
 
     def _stop_recording(self) -> dict[str, Any]:
         self.observer.flush(all_of_it=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcm_ray.actors.join import join
-from kvcm_ray.actors.names import HOST, NAMESPACE
+from kvcm_ray.actors.names import HOST, NAMESPACE, REGISTRY
 from kvcm_ray.actors.paths import manager_file, resolve
 from kvcm_ray.actors.reclaimer import RECLAIMERS_DEFAULT
 from kvcm_ray.cluster import defaults
@@ -77,7 +77,10 @@ def up_inside(
     if (host := _host()) is None:
         from kvcm_ray.actors import detached
 
-        DataDirLock(folder).release()  # says at once who else has it
+        if _actor(REGISTRY) is not None:
+            raise InUse(
+                "this Ray cluster has a manager already, that of `kvcm up`; use it, or another cluster"
+            )
         host = detached.get_or_create(Host, HOST, options)
     manager = _facts(host)
     if manager.data_dir != str(folder):
@@ -101,12 +104,8 @@ def down_inside(manager: Manager) -> None:
         raise Unavailable(f"this process is not in the Ray cluster of the manager on {manager.data_dir}")
     with contextlib.suppress(ray.exceptions.RayError):
         serve.delete(_app_name(), _blocking=True)
-    names = [
-        a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE
-    ]
-    for name in sorted(names, key=lambda name: name == HOST):  # the one that starts the others goes last
-        with contextlib.suppress(ValueError):
-            ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+    _end_actors()
+    ray.kill(host, no_restart=True)
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while manager.alive:
         if time.monotonic() > deadline:
@@ -116,26 +115,46 @@ def down_inside(manager: Manager) -> None:
 
 
 class Host:
-    """The actor that owns the data directory."""
+    """The actor that owns the data directory.
+
+    What keeps it from starting is what `facts` raises: an error in `__init__` would lose its type.
+    """
 
     def __init__(self, options: Options) -> None:
         self._options = options
         self._began = time.monotonic()
         self._folder = resolve(options.data_dir)
         self._id = secrets.token_hex(16)
-        lock = DataDirLock(self._folder)  # held until this process ends
-        lock.name_owner(Owner(os.getpid(), process_start(os.getpid()), self._id, ""))
-        self._lock = lock
-        self._manager = self._start()
-        write_manager(self._manager)
+        self._manager: Manager | KvcmError
+        try:
+            self._manager = self._start()
+        except KvcmError as error:
+            self._manager = error
+        except Exception as error:
+            self._manager = Unavailable(f"the manager did not start: {error}")
 
     def __repr__(self) -> str:
         return f"Manager({self._folder})"
 
     def facts(self) -> Manager:
+        if isinstance(self._manager, KvcmError):
+            raise self._manager
         return self._manager
 
     def _start(self) -> Manager:
+        lock = DataDirLock(self._folder)
+        try:
+            lock.name_owner(Owner(os.getpid(), process_start(os.getpid()), self._id, ""))
+            manager = self._start_all()
+            write_manager(manager)
+        except Exception:
+            _end_actors()
+            lock.release()
+            raise
+        self._lock = lock  # held until this process ends
+        return manager
+
+    def _start_all(self) -> Manager:
         import ray
 
         from kvcm_ray.actors import registry
@@ -186,22 +205,36 @@ def _app_name() -> str:
 
 def _host() -> Any:
     """The cluster's `Host`; None if it has none."""
+    return _actor(HOST)
+
+
+def _actor(name: str) -> Any:
     import ray
 
     try:
-        return ray.get_actor(HOST, namespace=NAMESPACE)
+        return ray.get_actor(name, namespace=NAMESPACE)
     except ValueError:
         return None
 
 
+def _end_actors() -> None:
+    """All that a `Host` starts."""
+    import ray
+
+    for each in ray.util.list_named_actors(all_namespaces=True):
+        if each["namespace"] == NAMESPACE and each["name"] != HOST and (actor := _actor(each["name"])):
+            ray.kill(actor, no_restart=True)
+
+
 def _facts(host: Any) -> Manager:
-    """What the `Host` says, once it is ready. Raises the `KvcmError` that kept it from starting."""
+    """What the `Host` says, once it is ready. Raises the `KvcmError` that kept it from starting, and
+    ends it then, so that the next one can try again."""
     import ray
 
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         try:
-            manager: Manager = ray.get(host.facts.remote(), timeout=deadline - time.monotonic())
+            manager: Manager = ray.get(host.facts.remote(), timeout=max(deadline - time.monotonic(), 0.0))
             return manager
         except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError) as error:
             if time.monotonic() > deadline:
@@ -210,6 +243,7 @@ def _facts(host: Any) -> Manager:
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, KvcmError):
+                ray.kill(host, no_restart=True)
                 raise cause from None
             raise Unavailable(f"the manager did not start: {error}") from error
 

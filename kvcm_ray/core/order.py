@@ -21,6 +21,7 @@ class InOrder:
 
     def __init__(self) -> None:
         self._held: Observed | None = None
+        self._now_s = -math.inf
 
     @property
     def holds(self) -> bool:
@@ -29,13 +30,16 @@ class InOrder:
 
     def feed(self, observed: Observed | None, now_s: float = math.inf) -> Observed | None:
         """These requests and those held back so far, but for those after ``now_s - LATE_S``, which are
-        held back; None if there are none."""
+        held back; None if there are none. If the clock was set back, none are held back."""
+        ready_s = now_s - LATE_S if now_s >= self._now_s else math.inf
+        if now_s < math.inf:
+            self._now_s = now_s
         parts = [part for part in (self._held, observed) if part is not None and len(part.counts)]
         if not parts:
             return None
         both = parts[0] if len(parts) == 1 else joined(*parts)
         order = np.argsort(both.times_s, kind="stable")
-        done = int(np.searchsorted(both.times_s[order], now_s - LATE_S, side="right"))
+        done = int(np.searchsorted(both.times_s[order], ready_s, side="right"))
         self._held = selected(both, order[done:]) if done < len(order) else None
         return selected(both, order[:done]) if done else None
 

@@ -38,6 +38,7 @@ U8 = npt.NDArray[np.uint8]
 U64 = npt.NDArray[np.uint64]
 
 PART_KEYS = 1 << 16  #: accesses that are worked on at a time
+SET_BACK_S = 60.0  #: a clock that is so far behind what it showed was set back
 WINDOW_S = 10.0  #: in which `sampled_per_s` must hold
 BINS_PER_OCTAVE = 32  #: so distances are known to 2 %
 _OCTAVES = 48
@@ -176,6 +177,10 @@ class ReuseEstimate:
         latest_s = float(times_s.max())
         if math.isnan(self._first_s):
             self._first_s = self._window_s = float(times_s[0])
+            self._now_s = latest_s
+        if (back_s := self._now_s - latest_s) > SET_BACK_S:  # else nothing counts until it is there again
+            self._first_s -= back_s
+            self._window_s -= back_s
             self._now_s = latest_s
         factor = 2.0 ** (-max(latest_s - self._now_s, 0.0) / self.half_life_s)
         self._now_s = max(self._now_s, latest_s)

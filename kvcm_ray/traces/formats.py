@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from kvcm_ray.core.levels import LEVEL_MAX
 from kvcm_ray.traces.batch import Batch
 from kvcm_ray.traces.keys import F64, I64, Flags, chain_keys, keys_of_prefix_ids, offsets_of
 
@@ -37,6 +38,8 @@ REQUEST = READ | WRITE  #: both, one right after the other
 
 HEADER = {"format": "kvcm-trace", "version": 1}
 OPS = {"read": READ, "write": WRITE, "request": REQUEST}
+_TIME_MAX_S = 1e11  #: three thousand years
+_BAD_MASK = "a block mask must be a number of blocks or a list of booleans"
 _UNFINISHED_S = 0.1  #: a write without an end takes effect so long after its start
 
 
@@ -92,8 +95,12 @@ def _counts(values: Iterable[Any], name: str) -> I64:
     return numbers
 
 
-def _numbers(values: Iterable[Any]) -> F64:
-    return np.array(array("d", values), np.float64)
+def _times(values: Iterable[Any], tick_s: float) -> F64:
+    """In seconds. Those that would not fit into whole microseconds are refused."""
+    times_s: F64 = np.array(array("d", values), np.float64) * tick_s
+    if len(times_s) and not np.abs(times_s).max() <= _TIME_MAX_S:
+        raise ValueError(f"a time must be within {_TIME_MAX_S:g} s of 0")
+    return times_s
 
 
 def _lists(records: Sequence[Record], name: str) -> list[list[Any]]:
@@ -119,17 +126,19 @@ def _texts(records: Sequence[Record], name: str, default: str = "") -> list[str]
 
 
 def _held(masks: Sequence[Any], counts: I64) -> Flags:
-    """A mask is the number of blocks at the beginning, or a list of booleans."""
+    """A mask is the number of blocks at the beginning, or a list of booleans; null is 0."""
     held = np.zeros(int(counts.sum()), np.bool_)
+    if set(map(type, masks)) - {int, list, type(None)}:  # empty ones too: each line is judged alone
+        raise TypeError(_BAD_MASK)
     if not any(masks):
         return held[:0]
     for mask, start, count in zip(masks, offsets_of(counts).tolist(), counts.tolist(), strict=False):
         if type(mask) is int:
             held[start : start + min(max(mask, 0), count)] = True
-        elif type(mask) is list and all(type(bit) is bool for bit in mask):
+        elif mask is not None:
+            if not all(type(bit) is bool for bit in mask):
+                raise TypeError(_BAD_MASK)
             held[start : start + count][: len(mask)] = mask[:count]
-        else:
-            raise TypeError("a block mask must be a number of blocks or a list of booleans")
     return held
 
 
@@ -153,7 +162,7 @@ class Mooncake(_Whole):
         return Batch(
             keys=self._keys(ids, counts),
             counts=counts,
-            times_s=_numbers(record["timestamp"] for record in records) * self._tick_s,
+            times_s=_times((record["timestamp"] for record in records), self._tick_s),
             input_tokens=input_tokens,
             output_tokens=_counts((record["output_length"] for record in records), "output_length"),
             partial=input_tokens < counts * self.block_tokens,
@@ -233,7 +242,7 @@ class TairEvents(_Whole):
         return Batch(
             keys=keys,
             counts=counts,
-            times_s=_numbers(event[0] for event in events),
+            times_s=_times((event[0] for event in events), 1.0),
             input_tokens=none,
             output_tokens=none,
             partial=np.zeros(len(events), np.bool_),
@@ -252,6 +261,8 @@ class Kvcm:
             raise ValueError(f"version {header.get('version')!r} of the format is not known")
         self.block_tokens = int(_counts([header["block_tokens"]], "block_tokens")[0])
         self.sample_level = int(_counts([header.get("sample_level", 0)], "sample_level")[0])
+        if self.sample_level > LEVEL_MAX:
+            raise ValueError(f"sample_level must be at most {LEVEL_MAX}, not {self.sample_level}")
         self.recording = header.get("recording") is True
         self.end: Record | None = None
 
@@ -277,7 +288,7 @@ class Kvcm:
         return Batch(
             keys=keys,
             counts=counts,
-            times_s=_numbers(record["time_us"] for record in records) * 1e-6,
+            times_s=_times((record["time_us"] for record in records), 1e-6),
             input_tokens=_counts((record.get("input_tokens", 0) for record in records), "input_tokens"),
             output_tokens=_counts((record.get("output_tokens", 0) for record in records), "output_tokens"),
             partial=np.array(partial, np.bool_),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from functools import cache
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcm_ray.actors.advisor import Advisor
+from kvcm_ray.actors.advisor import Advisor, _knee
 from kvcm_ray.actors.observer import Observer
 from kvcm_ray.actors.registry_body import RegistryBody
 from kvcm_ray.core.order import LATE_S
@@ -55,6 +56,17 @@ def test_the_advice_for_a_known_trace(name: str) -> None:
     assert 0 < report["knee_bytes"] < report["footprint_bytes"]
     assert report["observed"]["requests"] == trace(name).requests
     assert report["observed"]["seconds"] == pytest.approx(np.ptp(trace(name).times_s))
+
+
+def test_the_loop_never_waits_for_it() -> None:
+    advisor = Advisor()
+    with advisor._lock:  # it counts what came just now
+        loop = threading.Thread(target=advisor.weigh, args=({"m": SIZE},), daemon=True)
+        loop.start()
+        loop.join(5)
+        assert not loop.is_alive()
+    advisor.feed(next(parts(observed_of(trace("conversation")), 100)))
+    assert advisor.report(capacity(1000), {"m": SIZE})["block_bytes"] == SIZE
 
 
 def test_a_group_that_is_emptied_to_a_low_mark_holds_less_than_its_quota() -> None:
@@ -111,3 +123,18 @@ def test_the_advice_of_a_service(registry: RegistryBody, groups: Any, tmp_path: 
     assert advice["rows"][0]["hit_ratio"] == pytest.approx(2 / 3, abs=0.01)
     with pytest.raises(InvalidArgument, match="factor -1"):
         service.advice([-1.0]).result(10)
+
+
+def test_a_service_ends_while_it_is_asked_for_advice(registry: RegistryBody, groups: Any) -> None:
+    registry.register_instance(instance("m"))
+    service = groups.services.pop("default")
+    asked = [service.advice([1.0]) for _ in range(50)]
+    service.stop()
+    assert all(future.cancelled() or future.result(0)["rows"] is not None for future in asked)
+
+
+def test_a_curve_without_a_bend_has_its_knee_at_the_end() -> None:
+    edges = 2.0 ** np.arange(5)
+    assert _knee(edges, np.array([0.0, 0.1, 0.2, 0.3, 0.9])) == 16
+    assert _knee(edges, np.array([0.0, 0.1, 0.8, 0.9, 0.9])) == 4
+    assert _knee(edges, np.zeros(5)) is None

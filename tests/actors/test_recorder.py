@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -299,6 +301,44 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "traces").write_text("no folder")
     with pytest.raises(StorageIOError, match="cannot write the recording"):
         Recorder(tmp_path / "traces", "chat").start({})
+
+
+def test_a_disk_that_is_full_from_the_beginning_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    recorder = Recorder(tmp_path, "chat")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(StorageIOError, match="No space left"):
+            recorder.start({})
+    assert recorder.list() == []
+    recorder.start({})
+    recorder.feed(observed([[1, 2]]))
+    assert recorder.stop()["requests"] == 1
+
+
+def test_its_report_is_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = module.TraceWriter.flush
+
+    def slow(writer: module.TraceWriter, bytes_max: int | None = None) -> bool:
+        time.sleep(0.01)
+        return real(writer, bytes_max)
+
+    monkeypatch.setattr(module.TraceWriter, "flush", slow)
+    recorder = Recorder(tmp_path, "chat")
+    recorder.start({})
+    assert [recorder.stop()] == recorder.list()
+
+
+def test_a_clock_that_is_set_back_does_not_end_it(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, "chat")
+    recorder.start({})
+    earlier = observed([[1]])
+    recorder.feed(replace(earlier, times_s=earlier.times_s - 60))  # was asked before it began
+    recorder.feed(observed([[2, 3]]))
+    recorder.feed(replace(earlier, times_s=earlier.times_s - 3600))
+    assert read(recorder.stop()["file"]) == [[2, 3], [1]]
 
 
 def test_a_group_records_what_it_is_asked(tmp_path: Path) -> None:

@@ -198,12 +198,25 @@ def test_a_bad_line_far_into_the_file(tmp_path: Path, monkeypatch: pytest.Monkey
         (event("GetCacheLocation", 1), "missing 'keys'"),
         (event("StartWriteCache", 1, "s", keys=[None]), "64-bit integers"),
         ({"format": "kvcm-trace", "version": 2}, "version 2"),
+        ({"format": "kvcm-trace", "version": 1, "block_tokens": 1, "sample_level": 25}, "at most 24"),
+        (mooncake([1], 512) | {"timestamp": 1e17}, "a time must be within 1e\\+11 s"),
+        (event("GetCacheLocation", 2**63 - 1, keys=[1]), "a time must be within"),
         ({"some": 1, "thing": 2}, r"no known trace format .*some, thing"),
     ],
 )
 def test_bad_records_of_other_formats(tmp_path: Path, record: dict[str, Any], cause: str) -> None:
     with pytest.raises(InvalidArgument, match=f"line 1: .*{cause}"):
         load(lines(tmp_path / "bad.jsonl", [record]))
+
+
+@pytest.mark.parametrize("mask", ["", {}, False])
+def test_a_bad_line_is_found_whatever_the_others_have(tmp_path: Path, mask: Any) -> None:
+    good = [event("GetCacheLocation", 1, keys=[1], block_mask=each) for each in ([True], 1, None, [])]
+    assert load(lines(tmp_path / "good.jsonl", good)).held.tolist() == [True, True, False, False]
+    bad = event("GetCacheLocation", 1, keys=[1], block_mask=mask)
+    for records in ([*good, bad], [good[2], good[3], good[2], good[3], bad]):
+        with pytest.raises(InvalidArgument, match="line 5: a block mask must be"):
+            load(lines(tmp_path / "bad.jsonl", records))
 
 
 def test_files_that_are_no_traces(tmp_path: Path) -> None:

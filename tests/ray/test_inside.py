@@ -14,13 +14,14 @@ from kvcm_ray.testing.cluster import run_python
 pytestmark = pytest.mark.ray
 
 PROGRAM = """
-    import json, os, signal, sys, time
+    import json, os, pathlib, signal, sys, time
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import httpx, ray
     from ray import serve
     from kvcm_ray import cluster
     from kvcm_ray.cluster.environment import free_ports
+    from kvcm_ray.cluster.facts import DataDirLock
     from kvcm_ray.errors import InUse, KvcmError
 
     data_dir = sys.argv[1]
@@ -57,8 +58,14 @@ PROGRAM = """
             return type(error).__name__
         return ""
 
+    lock = DataDirLock(pathlib.Path(data_dir))
+    out = {"did_not_start": [
+        refused(data_dir), refused(data_dir + "3", ["file:16MiB:/proc/none"]),
+        refused(data_dir + "3", route_prefix="/hello"),
+    ], "serve_only": [a["namespace"] for a in ray.util.list_named_actors(all_namespaces=True)]}
+    lock.release()
     manager = cluster.up_inside(data_dir, ["shm:16MiB"], replicas=1)
-    out = {"url": manager.url, "wrote": ray.get(engine.remote(True))}
+    out |= {"url": manager.url, "wrote": ray.get(engine.remote(True))}
     out["same"] = cluster.up_inside(data_dir).pid == manager.pid
     out["refused"] = [refused(data_dir + "2"), refused(data_dir, route_prefix="kvcm")]
     os.kill(manager.pid, signal.SIGKILL)
@@ -87,6 +94,8 @@ def test_a_manager_lives_inside_a_ray_cluster(tmp_path: Path) -> None:
 
     said = run_python(PROGRAM, str(tmp_path / "data"), timeout_s=200)
     out = json.loads(said.splitlines()[-1])
+    assert out["did_not_start"] == ["InUse", "StorageIOError", "Unavailable"]
+    assert set(out["serve_only"]) == {"serve"}
     assert out["url"].endswith("/kvcm")
     assert out["wrote"] == [8, True]
     assert out["same"] is True

@@ -50,6 +50,15 @@ def test_the_latest_are_held_back() -> None:
     assert order.feed(None, now_s=99) is None
 
 
+def test_a_clock_that_is_set_back_holds_nothing_back() -> None:
+    order = InOrder()
+    assert order.feed(observed([(5000.0, WRITE, [1])]), now_s=5000.0) is None
+    made = order.feed(observed([(1000.0, READ, [1])]), now_s=1000.0)
+    assert made is not None
+    assert made.times_s.tolist() == [1000.0, 5000.0]
+    assert order.feed(observed([(1001.0, READ, [1])]), now_s=1001.0) is None
+
+
 def test_those_of_one_time_stay_in_order() -> None:
     made = InOrder().feed(observed([(1.0, READ, []), (1.0, WRITE, [4]), (1.0, READ, [4])]))
     assert made is not None

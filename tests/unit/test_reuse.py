@@ -215,6 +215,17 @@ def test_it_follows_a_change_of_the_traffic() -> None:
     assert estimate.hit_ratio(300) > 0.95
 
 
+def test_a_clock_that_is_set_back_stops_nothing() -> None:
+    """What comes afterwards counts as it would have, and is not taken for a crowd in no time."""
+    estimate = ReuseEstimate(4096, half_life_s=1000, sampled_per_s=50)
+    for start_s in (1e6, 0.0):  # eleven days back
+        fed(estimate, requests([[i % 2000] for i in range(8000)], start_s=start_s))
+    fed(estimate, requests([[9000 + i % 200] for i in range(8000)], start_s=8000))
+    assert estimate.hit_ratio(300) > 0.95
+    assert estimate.level == 0
+    assert estimate.seconds == pytest.approx(24_000, rel=0.1)
+
+
 def test_a_quiet_time_ends_the_sampling() -> None:
     """The finer lists are used from the time on at which they begin."""
     busy = ReuseEstimate(4096, half_life_s=200, sampled_per_s=500)
