@@ -45,10 +45,10 @@ def test_reads_are_reported_in_the_background(client: Client) -> None:
     group = backend._group("default")
     keys = some_keys(8)
     cache.put(keys, block_pattern(keys, SIZE))
-    before = group.usage_sync()
+    before = group.ask_sync("usage")
     cache.match([*keys.tolist(), 5, 6])
     deadline = time.monotonic() + 10
-    while (after := group.usage_sync())["lookup_blocks"] == before["lookup_blocks"]:
+    while (after := group.ask_sync("usage"))["lookup_blocks"] == before["lookup_blocks"]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert after["lookup_blocks"] - before["lookup_blocks"] == 10

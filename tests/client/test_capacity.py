@@ -250,7 +250,7 @@ def test_a_flush_has_told_the_manager(admin: Admin) -> None:
             cache.match(keys_from(1, 6))
             cache.lookup(keys_from(3, 4))
             client.flush_touches()
-            usage = handle.usage_sync()
+            usage = handle.ask_sync("usage")
             assert usage["lookup_blocks"] == 10 * round_number
             assert usage["hit_blocks"] == 6 * round_number
         drive(own.backend.close())

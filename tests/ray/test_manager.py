@@ -49,7 +49,7 @@ def engine(registry: RegistryHandle, view: RegistryView) -> Engine:
 
 
 def used_bytes(group: GroupHandle, instance_id: str) -> int:
-    usage = group.usage_sync()["instances"][instance_id]
+    usage = group.ask_sync("usage")["instances"][instance_id]
     return int(usage["slots"] - usage["free_slots"])
 
 
@@ -79,9 +79,7 @@ def test_blocks_are_there_once_acknowledged(engine: Engine) -> None:
     assert (again.committed, again.dropped) == (0, 0)
 
 
-def test_removed_blocks_are_gone_and_their_slots_come_back(
-    engine: Engine, group: GroupHandle
-) -> None:
+def test_removed_blocks_are_gone_and_their_slots_come_back(engine: Engine, group: GroupHandle) -> None:
     keys = some_keys(32)
     engine.put(keys)
     name = engine.info.instance_id
@@ -113,17 +111,15 @@ def test_concurrent_calls_ride_together(engine: Engine) -> None:
         calls = (handle.call(start_request(name, some_keys(2))) for _ in range(200))
         return await asyncio.gather(*calls)
 
-    before = handle.usage_sync()["loop"]
+    before = handle.ask_sync("usage")["loop"]
     started = asyncio.run(many())
-    after = handle.usage_sync()["loop"]
+    after = handle.ask_sync("usage")["loop"]
     assert len({s.session_id for s in started}) == 200
     assert after["requests"] - before["requests"] == 200
     assert after["batches"] - before["batches"] <= 20
 
 
-def test_registry_changes_and_refusals(
-    registry: RegistryHandle, view: RegistryView, tmp_path: Path
-) -> None:
+def test_registry_changes_and_refusals(registry: RegistryHandle, view: RegistryView, tmp_path: Path) -> None:
     storage = StorageConfig("extra", nfs=NfsSpec(str(tmp_path / "extra")))
     registry.call_sync("add_storage", storage)
     with pytest.raises(AlreadyExists):
@@ -145,7 +141,7 @@ def test_registry_changes_and_refusals(
     assert not list((tmp_path / "extra").rglob("*.dat"))
     registry.call_sync("remove_storage", "extra", False)
     with pytest.raises(GroupNotFound):
-        GroupHandle("mine").usage_sync()
+        GroupHandle("mine").ask_sync("usage")
 
 
 def test_accounts_and_snapshot(registry: RegistryHandle) -> None:
@@ -162,10 +158,10 @@ def test_removing_an_instance_frees_its_bytes(
     registry: RegistryHandle, engine: Engine, group: GroupHandle, view: RegistryView
 ) -> None:
     engine.put(some_keys(50))
-    before = group.usage_sync()["used_bytes"]
+    before = group.ask_sync("usage")["used_bytes"]
     path = view.index_path(engine.info)
     registry.call_sync("remove_instance", engine.info.instance_id)
-    assert group.usage_sync()["used_bytes"] == before - 50 * 4096
+    assert group.ask_sync("usage")["used_bytes"] == before - 50 * 4096
     assert not path.exists()
     with pytest.raises(Exception, match="not open"):
         engine.put(some_keys(1))
@@ -202,16 +198,14 @@ def test_group_actor_killed_clients_carry_on(engine: Engine, group: GroupHandle)
     request = start_request(name, some_keys(5))
     pending = group.call_sync(request)
     engine.write(request.keys, pending.locations, pending.segments)
-    os.kill(group.usage_sync()["pid"], signal.SIGKILL)
+    os.kill(group.ask_sync("usage")["pid"], signal.SIGKILL)
     more = some_keys(64)
     assert engine.put(more).committed == 64
     assert engine.found(np.concatenate([keys, more])).all()
     assert group.call_sync(finish_request(name, pending)).committed == 5
 
 
-def test_registry_killed_writes_go_on_and_changes_wait(
-    registry: RegistryHandle, engine: Engine
-) -> None:
+def test_registry_killed_writes_go_on_and_changes_wait(registry: RegistryHandle, engine: Engine) -> None:
     os.kill(registry.call_sync("describe")["pid"], signal.SIGKILL)
     assert engine.put(some_keys(8)).committed == 8
     name = f"i-{secrets.token_hex(4)}"
@@ -231,7 +225,7 @@ def test_reclaimer_killed_trash_is_erased_by_the_next(engine: Engine, group: Gro
 
 def test_nobody_answers_within_the_deadline(engine: Engine, group: GroupHandle) -> None:
     """A stopped actor costs its callers their deadline and no more."""
-    pid = group.usage_sync()["pid"]
+    pid = group.ask_sync("usage")["pid"]
     os.kill(pid, signal.SIGSTOP)
     try:
         began = time.monotonic()
@@ -247,6 +241,6 @@ def test_nobody_answers_within_the_deadline(engine: Engine, group: GroupHandle) 
 
 def test_nothing_is_left_over(running: Manager, group: GroupHandle) -> None:
     """Last in this file: after all of the above, index and storages agree."""
-    wait_until(lambda: group.usage_sync()["pending_delete_bytes"] == 0, 20)
+    wait_until(lambda: group.ask_sync("usage")["pending_delete_bytes"] == 0, 20)
     report = fsck.check(running.data_dir, deep=True)
     assert report.ok, report.notes

@@ -56,7 +56,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 
 
 def settled(group: GroupHandle) -> bool:
-    usage = group.usage_sync()
+    usage = group.ask_sync("usage")
     return not usage["pending_delete_bytes"] and not usage["reserved_bytes"]
 
 
@@ -69,7 +69,7 @@ def test_blocks_go_down_a_tier_and_stay_readable(small: Engine) -> None:
     for keys in prompts:
         small.put(keys)
         time.sleep(0.02)
-    wait_until(lambda: small.handle.capacity_sync()["reclaim"]["demoted_blocks"] > 0)
+    wait_until(lambda: small.handle.ask_sync("capacity")["reclaim"]["demoted_blocks"] > 0)
     wait_until(lambda: settled(small.handle))
     assert all(small.found(keys).all() for keys in prompts)
 
@@ -97,7 +97,7 @@ def test_writers_at_a_full_quota_with_deaths(
     wait_until(lambda: len(written) >= 12)
     os.kill(pid_of(reclaimer_name(0, 2)), signal.SIGKILL)
     wait_until(lambda: len(written) >= 20)
-    os.kill(small.handle.usage_sync()["pid"], signal.SIGKILL)
+    os.kill(small.handle.ask_sync("usage")["pid"], signal.SIGKILL)
     wait_until(lambda: len(written) >= 28)
     registry.call_sync("set_reclaimer_settings", ReclaimerSettings(3), timeout_s=30)
     wait_until(lambda: len(written) >= 36)
@@ -108,7 +108,7 @@ def test_writers_at_a_full_quota_with_deaths(
     names = [found["name"] for found in ray.util.list_named_actors(all_namespaces=True)]
     assert [name for name in names if name.startswith("reclaimer:")] == [reclaimer_name(0, 1)]
     wait_until(lambda: settled(small.handle))
-    usage, report = small.handle.usage_sync(), small.handle.capacity_sync()
+    usage, report = small.handle.ask_sync("usage"), small.handle.ask_sync("capacity")
     assert usage["used_bytes"] <= 6 * MIB
     assert report["used_bytes"] == usage["used_bytes"]
     assert report["reclaim"]["evicted_blocks"] > 0
