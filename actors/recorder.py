@@ -32,10 +32,11 @@ from kvcm_ray.core.levels import LEVEL_MAX, sampled
 from kvcm_ray.core.model import safe_name
 from kvcm_ray.core.observed import Observed
 from kvcm_ray.core.order import selected
+from kvcm_ray.core.ragged import offsets_of, places
 from kvcm_ray.errors import Conflict, InvalidArgument, NotFound, StorageIOError
 from kvcm_ray.traces.batch import Batch
 from kvcm_ray.traces.formats import READ, WRITE
-from kvcm_ray.traces.keys import Flags, offsets_of, places
+from kvcm_ray.traces.keys import Flags
 from kvcm_ray.traces.writing import TraceWriter, end_line, end_of, header, lines_of
 
 log = logging.getLogger(__name__)

@@ -367,8 +367,7 @@ class GroupService:
 
     def _advise(self, factors: Sequence[float]) -> dict[str, Any]:
         self.observer.flush()
-        sizes = {info.instance_id: info.block_bytes for info in self.engine.infos()}
-        report = self.advisor.report(self.capacity().result(), sizes, factors)
+        report = self.advisor.report(self.capacity().result(), self._block_bytes(), factors)
         report["observed"]["missing_requests"] = self.observer.dropped
         return report
 
@@ -387,7 +386,10 @@ class GroupService:
     # -------------------------------------------------------------------------------- registry
 
     def _weigh(self) -> None:
-        self.advisor.weigh({info.instance_id: info.block_bytes for info in self.engine.infos()})
+        self.advisor.weigh(self._block_bytes())
+
+    def _block_bytes(self) -> dict[str, int]:
+        return {info.instance_id: info.block_bytes for info in self.engine.infos()}
 
     def _registered(self) -> list[Any]:
         infos = self._view.instances().values()

@@ -1,7 +1,8 @@
 """Block keys from token ids, as the Tair KVCM protocol defines them.
 
 One 64-bit value runs over all tokens, so the key of a block names its whole prefix. Managers that
-share blocks must agree on every bit, therefore the published vectors are a test.
+share blocks must agree on every bit, therefore the published vectors are a test. And a mix of 64-bit words,
+for all that needs its own hash of a key.
 """
 
 from __future__ import annotations
@@ -42,3 +43,11 @@ def block_keys_from_tokens(
             h ^= (value + _GOLDEN + (h << 12) + (h >> 32) - ((h >> 63) << 32)) & _MASK
         keys[block] = h
     return keys.view(np.int64)
+
+
+def mix64(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """A bijection of 64-bit words, whose bits all depend on all (the splitmix64 finaliser)."""
+    z = words + np.uint64(_GOLDEN)  # wraps around, as arithmetic on unsigned arrays does
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

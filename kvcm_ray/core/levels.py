@@ -18,6 +18,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from kvcm_ray.core.hashing import mix64
 from kvcm_ray.core.requests import Keys
 
 I64 = npt.NDArray[np.int64]
@@ -106,14 +107,6 @@ def trailing_zeros(words: U64) -> I64:
     return np.where(lowest == 0, 64, exponent - 1)
 
 
-def scattered(words: U64) -> U64:
-    """A bijection of 64-bit words, whose bits all depend on all (the splitmix64 finaliser)."""
-    z = words + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
 def _hash(keys: Keys, seed: int) -> U64:
-    salt = scattered(np.array([seed], np.int64).view(np.uint64))
-    return scattered(keys.view(np.uint64) ^ salt)
+    salt = mix64(np.array([seed], np.int64).view(np.uint64))
+    return mix64(keys.view(np.uint64) ^ salt)

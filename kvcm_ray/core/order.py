@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from kvcm_ray.core.observed import I64, Observed
+from kvcm_ray.core.ragged import elements_of, offsets_of
 
 LATE_S = 0.5  #: by which the report of a look-up is late at most
 
@@ -63,10 +64,6 @@ def selected(observed: Observed, requests: I64) -> Observed:
     """Some of the requests, in this order."""
     if np.array_equal(requests, np.arange(len(observed.counts))):
         return observed
-    counts = observed.counts[requests]
-    starts = (np.cumsum(observed.counts) - observed.counts)[requests]
-    before = np.cumsum(counts) - counts
-    at = np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
     ids = observed.instance_ids
     return Observed(
         instance_ids=[ids[request] for request in requests.tolist()],
@@ -74,7 +71,7 @@ def selected(observed: Observed, requests: I64) -> Observed:
         writes=observed.writes[requests],
         partial=observed.partial[requests],
         found=observed.found[requests],
-        counts=counts,
-        keys=observed.keys[at],
+        counts=observed.counts[requests],
+        keys=observed.keys[elements_of(offsets_of(observed.counts), requests)],
         held=observed.held[requests] if len(observed.held) else observed.held,
     )

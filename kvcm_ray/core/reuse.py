@@ -27,7 +27,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvcm_ray.core.levels import LEVEL_MAX, sampled, sampled_alone, scattered
+from kvcm_ray.core.hashing import mix64
+from kvcm_ray.core.levels import LEVEL_MAX, sampled, sampled_alone
 from kvcm_ray.core.observed import Observed
 from kvcm_ray.core.ranks import larger_before, weight_of_larger_before
 from kvcm_ray.core.requests import Flags
@@ -211,7 +212,7 @@ class ReuseEstimate:
         writes = observed.writes[start:stop][request]
         ids = observed.instance_ids[start:stop]
         return _Events(
-            keys=scattered(keys[at].view(np.uint64) ^ _salts(ids)[request]),
+            keys=mix64(keys[at].view(np.uint64) ^ _salts(ids)[request]),
             levels=level,
             sizes=self._sizes_of(ids)[request],
             requests=request,

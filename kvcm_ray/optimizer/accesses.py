@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from kvcm_ray.core.ragged import places
 from kvcm_ray.errors import InvalidArgument
 from kvcm_ray.traces.formats import READ, REQUEST, WRITE
-from kvcm_ray.traces.keys import F64, I32, I64, U8, Flags, offsets_of, places
+from kvcm_ray.traces.keys import F64, I32, I64, U8, Flags
 
-__all__ = ["F64", "I32", "I64", "READ", "REQUEST", "U8", "WRITE", "Accesses", "Flags", "offsets_of", "places"]
+__all__ = ["F64", "I32", "I64", "READ", "REQUEST", "U8", "WRITE", "Accesses", "Flags"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvcm_ray.core.ragged import offsets_of
 from kvcm_ray.errors import InvalidArgument
-from kvcm_ray.optimizer.accesses import I32, I64, REQUEST, Accesses, Flags, offsets_of
+from kvcm_ray.optimizer.accesses import I32, I64, REQUEST, Accesses, Flags
 from kvcm_ray.traces import files, writing
 from kvcm_ray.traces.batch import Batch, joined_held
 from kvcm_ray.traces.files import resolve

@@ -20,6 +20,7 @@ from kvcm_ray.core.eviction import POLICIES as LIVE
 from kvcm_ray.core.eviction import Policy, make_policy
 from kvcm_ray.core.eviction.adaptive import Adaptive, AdaptiveSettings
 from kvcm_ray.core.eviction.simulate import SimulatedCache
+from kvcm_ray.core.ragged import elements_of, offsets_of
 from kvcm_ray.errors import InvalidArgument
 from kvcm_ray.optimizer.accesses import (
     F64,
@@ -30,8 +31,6 @@ from kvcm_ray.optimizer.accesses import (
     WRITE,
     Accesses,
     Flags,
-    offsets_of,
-    places,
 )
 from kvcm_ray.optimizer.curve import positive
 
@@ -149,13 +148,11 @@ def _delays_us(accesses: Accesses, write_delay_s: float | npt.ArrayLike) -> I64:
 
 def _picked(accesses: Accesses, rows: I64, times_s: F64, ops: npt.NDArray[np.uint8]) -> Accesses:
     """These requests, in this order; a row may come twice."""
-    counts = accesses.lengths[rows]
-    offsets = offsets_of(counts)
-    index = np.repeat(accesses.offsets[rows], counts) + places(offsets)
+    index = elements_of(accesses.offsets, rows)
     return replace(
         accesses,
         blocks=accesses.blocks[index],
-        offsets=offsets,
+        offsets=offsets_of(accesses.lengths[rows]),
         held=accesses.held[index] if len(accesses.held) else accesses.held,
         times_s=times_s,
         ops=ops,

@@ -22,13 +22,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from kvcm_ray.core.hashing import mix64
 from kvcm_ray.core.levels import LEVEL_MAX, levels
+from kvcm_ray.core.ragged import offsets_of, places
 from kvcm_ray.errors import InvalidArgument
-from kvcm_ray.optimizer.accesses import I32, I64, READ, U8, Accesses, Flags, offsets_of, places
+from kvcm_ray.optimizer.accesses import I32, I64, READ, U8, Accesses, Flags
 from kvcm_ray.optimizer.curve import Curve, looked_up
 from kvcm_ray.optimizer.dataset import Numbering, read_batches
 from kvcm_ray.traces.files import resolve
-from kvcm_ray.traces.keys import Labels, keys_apart, mix64
+from kvcm_ray.traces.keys import Labels, keys_apart
 
 
 @dataclass(frozen=True, slots=True)

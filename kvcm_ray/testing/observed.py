@@ -8,22 +8,21 @@ import numpy as np
 
 from kvcm_ray.core.observed import Observed
 from kvcm_ray.core.order import selected
-from kvcm_ray.optimizer.accesses import Accesses, offsets_of
+from kvcm_ray.core.ragged import elements_of
+from kvcm_ray.optimizer.accesses import Accesses
 
 
 def observed_of(accesses: Accesses, instance_id: str = "m") -> Observed:
     """Each request looked up in vain, as far as the group says, and then written."""
     twice = np.repeat(np.arange(accesses.requests), 2)
-    counts = accesses.lengths[twice]
-    offsets = offsets_of(counts)
-    at = np.repeat(accesses.offsets[twice] - offsets[:-1], counts) + np.arange(offsets[-1])
+    at = elements_of(accesses.offsets, twice)
     return Observed(
         instance_ids=[instance_id] * len(twice),
         times_s=accesses.times_s[twice].astype(np.float64),
         writes=np.tile([False, True], accesses.requests),
         partial=np.zeros(len(twice), np.bool_),
         found=np.zeros(len(twice), np.int64),
-        counts=counts,
+        counts=accesses.lengths[twice],
         keys=accesses.keys[accesses.blocks[at]],
     )
 

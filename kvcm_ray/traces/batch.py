@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvcm_ray.traces.keys import F64, I64, U8, Flags, offsets_of, places
+from kvcm_ray.core.ragged import elements_of, offsets_of
+from kvcm_ray.traces.keys import F64, I64, U8, Flags
 
 
 @dataclass(slots=True)
@@ -60,12 +61,10 @@ def joined_held(parts: Sequence[tuple[Flags, int]]) -> Flags:
 def by_time(batch: Batch) -> Batch:
     """In the order of the times; those of the same time stay in theirs."""
     order = np.argsort(batch.times_s, kind="stable")
-    counts = batch.counts[order]
-    offsets = offsets_of(counts)
-    at = np.repeat(offsets_of(batch.counts)[:-1][order], counts) + places(offsets)
+    at = elements_of(offsets_of(batch.counts), order)
     return Batch(
         keys=batch.keys[at],
-        counts=counts,
+        counts=batch.counts[order],
         times_s=batch.times_s[order],
         input_tokens=batch.input_tokens[order],
         output_tokens=batch.output_tokens[order],

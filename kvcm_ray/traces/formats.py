@@ -26,8 +26,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from kvcm_ray.core.levels import LEVEL_MAX
+from kvcm_ray.core.ragged import offsets_of
 from kvcm_ray.traces.batch import Batch
-from kvcm_ray.traces.keys import F64, I64, Flags, chain_keys, keys_of_prefix_ids, offsets_of
+from kvcm_ray.traces.keys import F64, I64, Flags, chain_keys, keys_of_prefix_ids
 
 Record = dict[str, Any]
 Chain = Callable[[I64, I64], I64]  #: prefix keys of block ids (m,) of requests at these offsets (n + 1,)

@@ -15,37 +15,14 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from kvcm_ray.core.hashing import mix64
+
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
 U8 = npt.NDArray[np.uint8]
 U64 = npt.NDArray[np.uint64]
 Flags = npt.NDArray[np.bool_]
-
-_STEP = 0x9E3779B97F4A7C15
-_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_SHIFTS = (30, 27, 31)
-
-
-def mix64(words: U64) -> U64:
-    """A bijection of 64-bit words that scatters neighbours (the splitmix64 finaliser)."""
-    z = words + np.uint64(_STEP)  # wraps around, as arithmetic on unsigned arrays does
-    for shift, multiplier in zip(_SHIFTS[:2], _MULTIPLIERS, strict=True):
-        z = (z ^ (z >> np.uint64(shift))) * np.uint64(multiplier)
-    return z ^ (z >> np.uint64(_SHIFTS[2]))
-
-
-def offsets_of(counts: I64) -> I64:
-    """(n + 1,) where each run of `counts` begins, and the end of the last."""
-    offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
-    return offsets
-
-
-def places(offsets: I64) -> I32:
-    """(m,) index of each access within its request."""
-    counts = np.diff(offsets)
-    return (np.arange(offsets[-1]) - np.repeat(offsets[:-1], counts)).astype(np.int32)
 
 
 def keys_of_prefix_ids(ids: Sequence[int] | I64) -> I64:

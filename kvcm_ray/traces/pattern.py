@@ -11,7 +11,7 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
-from kvcm_ray.traces.keys import mix64
+from kvcm_ray.core.hashing import mix64
 
 _ODD = 0xD1342543DE82EF95
 

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvcm_ray.core.ragged import offsets_of
 from kvcm_ray.errors import InvalidArgument
 from kvcm_ray.traces.batch import Batch
 from kvcm_ray.traces.files import read_batches, resolve
 from kvcm_ray.traces.formats import REQUEST
-from kvcm_ray.traces.keys import I64, Labels, keys_apart, offsets_of
+from kvcm_ray.traces.keys import I64, Labels, keys_apart
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import orjson
 
+from kvcm_ray.core.ragged import offsets_of
 from kvcm_ray.errors import InvalidArgument
 from kvcm_ray.traces.batch import Batch
 from kvcm_ray.traces.files import read_batches
 from kvcm_ray.traces.formats import HEADER, OPS, REQUEST
-from kvcm_ray.traces.keys import offsets_of
 
 _NAMES = {op: name for name, op in OPS.items()}
 _FLUSH_BYTES = 1 << 20

@@ -20,13 +20,13 @@ from kvcm_ray.actors import recorder as module
 from kvcm_ray.actors.recorder import Options, Recorder
 from kvcm_ray.core.levels import levels
 from kvcm_ray.core.observed import Observed
+from kvcm_ray.core.ragged import offsets_of
 from kvcm_ray.core.requests import Touch
 from kvcm_ray.errors import Conflict, InvalidArgument, NotFound, StorageIOError
 from kvcm_ray.optimizer import READ, WRITE, load
 from kvcm_ray.testing.blocks import instance, some_keys, start_request
 from kvcm_ray.testing.reclaim_lab import ReclaimLab
 from kvcm_ray.traces import open_trace
-from kvcm_ray.traces.keys import offsets_of
 
 
 def observed(

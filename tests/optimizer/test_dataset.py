@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvcm_ray.core.ragged import offsets_of
 from kvcm_ray.errors import InvalidArgument
 from kvcm_ray.optimizer import (
     READ,
@@ -27,7 +28,7 @@ from kvcm_ray.optimizer import (
 from kvcm_ray.optimizer.dataset import CACHE_FOLDER
 from kvcm_ray.optimizer.kernels import load as kernels
 from kvcm_ray.traces import files, open_trace
-from kvcm_ray.traces.keys import chain_keys, keys_of_block_ids, offsets_of
+from kvcm_ray.traces.keys import chain_keys, keys_of_block_ids
 
 
 def lines(file: Path, records: list[Any]) -> Path:
