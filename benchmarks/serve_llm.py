@@ -20,8 +20,6 @@ import json
 import logging
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +33,9 @@ from typing import Any
 
 import httpx
 import numpy as np
+
+from kvcm_ray.cluster.environment import free_ports
+from kvcm_ray.testing.engines import end_group
 
 MODULE = "kvcm_ray.benchmarks.serve_llm"
 MODEL_ID = "served"
@@ -182,7 +183,7 @@ def tokens_of(text: str, source: str) -> float:
 @contextlib.contextmanager
 def deployed(model: str, replicas: int, *, router: bool, cache: bool) -> Iterator[tuple[str, str]]:
     """URLs of the API and of the metrics of a deployment in a child process."""
-    port, metrics_port = _free_port(), _free_port()
+    port, metrics_port = free_ports(2)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with tempfile.TemporaryDirectory(prefix="kvcm-serve-llm-") as folder:
         facts = {
@@ -200,7 +201,9 @@ def deployed(model: str, replicas: int, *, router: bool, cache: bool) -> Iterato
             _await_ready(child, Path(f"{facts['data_dir']}.ready"), log)
             yield f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}/metrics"
         finally:
-            _end(child)
+            assert child.stdin is not None
+            child.stdin.close()
+            end_group(child, 60)
 
 
 def _await_ready(child: subprocess.Popen[bytes], ready: Path, log: Path) -> None:
@@ -209,22 +212,6 @@ def _await_ready(child: subprocess.Popen[bytes], ready: Path, log: Path) -> None
         if child.poll() is not None or time.monotonic() > end:
             raise SystemExit(f"the deployment did not start; its log ends with\n{log.read_text()[-4000:]}")
         time.sleep(0.5)
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    assert child.stdin is not None
-    child.stdin.close()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(60)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def serve_child(facts: dict[str, Any]) -> None:

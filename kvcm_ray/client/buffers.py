@@ -7,6 +7,7 @@ memoryview, bytearray, bytes (to write only), CPU torch tensor. Nothing is copie
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ SpecBuffers = BlockBuffers | Mapping[str, BlockBuffers]
 Bytes = npt.NDArray[np.uint8]
 #: Normal form: shape (blocks, block_bytes), or a list of arrays of block_bytes.
 Rows = Bytes | list[Bytes]
+
+PIECE_BYTES = 4 * 1024 * 1024  #: of blocks that are copied at once
+_THREAD = threading.local()
 
 
 def rows_of(buffers: BlockBuffers, blocks: int, block_bytes: int, *, writable: bool) -> Rows:
@@ -118,3 +122,11 @@ def _torch_bytes(tensor: Any, what: str) -> npt.NDArray[Any]:
 
     flat: npt.NDArray[Any] = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return flat
+
+
+def staging(blocks: int, block_bytes: int) -> Bytes:
+    """Memory of this thread alone, a row a block; fresh pages for each call would cost more than the copy."""
+    memory: Bytes | None = getattr(_THREAD, "memory", None)
+    if memory is None or memory.size < blocks * block_bytes:
+        _THREAD.memory = memory = np.empty(max(PIECE_BYTES, blocks * block_bytes), np.uint8)
+    return memory[: blocks * block_bytes].reshape(blocks, block_bytes)

@@ -19,14 +19,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from kvcm_ray.client.buffers import Bytes, Rows, select
+from kvcm_ray.client.buffers import PIECE_BYTES, Rows, select, staging
 from kvcm_ray.client.runtime import Pool, Runtime
 from kvcm_ray.core.model import Segment, StorageConfig
 from kvcm_ray.core.requests import BlockLocations, Flags, Keys
 from kvcm_ray.errors import KvcmError, StorageIOError, Unavailable
 from kvcm_ray.storage_adapters import StorageAdapter, open_storage
 
-PIECE_BYTES = 4 * 1024 * 1024
 #: No piece of a write begins later than this before the lease ends.
 LEASE_MARGIN_S = 0.1
 
@@ -122,7 +121,7 @@ class _Job:
         for index in pieces(group.index, self.block_bytes):
             self._check_time(self.deadline_s)
             rows = select(self.rows, index)
-            target = _staging(len(index), self.block_bytes) if staged else rows
+            target = staging(len(index), self.block_bytes) if staged else rows
             flags = self.storage.adapter.read(
                 group.segment, self.spec, blocks.locations.slot[index], blocks.keys[index],
                 blocks.locations.generation[index], target,
@@ -227,17 +226,6 @@ class Transfer:
                 storage = _Storage(config, open_storage(config), Pool(name))
                 self._storages[name] = storage  # an older one lives on while calls use it
             return storage
-
-
-_THREAD = threading.local()
-
-
-def _staging(blocks: int, block_bytes: int) -> Bytes:
-    """Memory of this thread alone; fresh pages for each call would cost more than the copy."""
-    memory: Bytes | None = getattr(_THREAD, "memory", None)
-    if memory is None or memory.size < blocks * block_bytes:
-        _THREAD.memory = memory = np.empty(max(PIECE_BYTES, blocks * block_bytes), np.uint8)
-    return memory[: blocks * block_bytes].reshape(blocks, block_bytes)
 
 
 def _copy(source: Rows, target: Rows) -> None:

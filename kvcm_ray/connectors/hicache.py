@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcm_ray.client import Client, Instance
+from kvcm_ray.connectors.given import with_address
 from kvcm_ray.connectors.hicache_memory import PAGE, Bools, Layout, Memory, flat_memory, memory_of
 from kvcm_ray.connectors.keys import Keys, keys_of_hashes, salt_of
 from kvcm_ray.core.model import ModelDeployment
@@ -66,10 +66,7 @@ def settings_of(extra: Mapping[str, Any]) -> Settings:
         good = isinstance(value, int | float) and value > 0 if name.endswith("_s") else isinstance(value, str)
         if not good or isinstance(value, bool):
             raise InvalidArgument(f"{name} in the extra config cannot be {value!r}")
-    if not given.get("kvcm_data_dir") and not given.get("kvcm_url"):
-        given["kvcm_data_dir"] = os.environ.get("KVCM_ADDRESS", "")
-        given["kvcm_url"] = "" if given["kvcm_data_dir"] else os.environ.get("KVCM_URL", "")
-    settings = Settings(**given)
+    settings = Settings(**with_address(given))
     if bool(settings.kvcm_data_dir) == bool(settings.kvcm_url):
         raise InvalidArgument("the extra config needs either kvcm_data_dir or kvcm_url")
     return settings

@@ -75,11 +75,7 @@ class Engine:
         """Ends the engine and its own children (its process group)."""
         with contextlib.suppress(BrokenPipeError, OSError, AssertionError):
             self._ask({"do": "end"})
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        end_group(self._process, 20)
         self._file.close()
 
     def _ask(self, command: dict[str, Any]) -> Any:
@@ -158,6 +154,15 @@ def deepseek(folder: Path) -> Path:
 def tokens(seed: int, count: int) -> list[int]:
     found: list[int] = np.random.default_rng(seed).integers(3, VOCABULARY, count).tolist()
     return found
+
+
+def end_group(leader: subprocess.Popen[Any], timeout_s: float) -> None:
+    """Give a process that was told to end so long, then kill what is left of its process group."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        leader.wait(timeout_s)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
+    leader.wait()
 
 
 def wait_until(true: Any, timeout_s: float = 20.0, what: str = "it") -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from kvcm_ray.cli import counters
-from kvcm_ray.cli.main import main
+from kvcm_ray.testing.commands import Ran, run_command
 from kvcm_ray.testing.served import Served, served
 
 
@@ -20,20 +17,6 @@ from kvcm_ray.testing.served import Served, served
 def manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with served(Path(tmp_path_factory.mktemp("manager")) / "data") as found:
         yield found
-
-
-@dataclass(slots=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """Standard output, which must be exactly one JSON object."""
-        found = json.loads(self.out)
-        assert isinstance(found, dict)
-        return found
 
 
 @pytest.fixture
@@ -47,9 +30,6 @@ def kvcm(
     monkeypatch.setattr("sys.stdin", io.StringIO())
 
     def run(*arguments: str) -> Ran:
-        capsys.readouterr()
-        code = main(arguments)
-        out, err = capsys.readouterr()
-        return Ran(code, out, err)
+        return run_command(capsys, arguments)
 
     return run

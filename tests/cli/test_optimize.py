@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvcm_ray.cli.capacities import Capacities, in_blocks
-from kvcm_ray.cli.main import main
+from kvcm_ray.testing.commands import Ran, run_command
 
 ORACLE = {  # conversation: capacity -> hit blocks of lru, of lru_head_first, of the optimum
     1_000: (12_847, 12_831, 55_019),
@@ -21,30 +20,13 @@ ORACLE = {  # conversation: capacity -> hit blocks of lru, of lru_head_first, of
 }
 
 
-@dataclass(slots=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """Standard output, which must be exactly one JSON object."""
-        found = json.loads(self.out)
-        assert isinstance(found, dict)
-        return found
-
-
 Run = Callable[..., Ran]
 
 
 @pytest.fixture
 def optimize(capsys: pytest.CaptureFixture[str]) -> Run:
     def run(*arguments: str) -> Ran:
-        capsys.readouterr()
-        code = main(["optimize", *arguments])
-        out, err = capsys.readouterr()
-        return Ran(code, out, err)
+        return run_command(capsys, ["optimize", *arguments])
 
     return run
 

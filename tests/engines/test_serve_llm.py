@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,22 +15,17 @@ from pathlib import Path
 import httpx
 
 from kvcm_ray.cluster import Manager
-from kvcm_ray.testing.engines import wait_until
+from kvcm_ray.cluster.environment import free_ports
+from kvcm_ray.testing.engines import end_group, wait_until
 
 START_S = 240.0
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "design.md").read_text()[:6000]
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 @contextlib.contextmanager
 def served(model: Path, settings: dict[str, str], log: Path) -> Iterator[tuple[str, str]]:
     """URLs of the API and of the metrics."""
-    port, metrics_port = free_port(), free_port()
+    port, metrics_port = free_ports(2)
     arguments = [str(model), json.dumps(settings), str(port), str(metrics_port)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with log.open("w") as stderr:
@@ -48,11 +41,7 @@ def served(model: Path, settings: dict[str, str], log: Path) -> Iterator[tuple[s
         finally:
             assert process.stdin is not None
             process.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(60)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end_group(process, 60)
 
 
 def complete(url: str, prompt: str) -> tuple[str, float]:

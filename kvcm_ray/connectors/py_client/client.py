@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvcm_ray.client.buffers import PIECE_BYTES, staging
 from kvcm_ray.connectors.py_client import config, memory, plain, segments, uris
 from kvcm_ray.connectors.py_client.config import Backend, Settings
 from kvcm_ray.connectors.py_client.memory import BlockMemory, Bytes, Rows
@@ -27,7 +28,6 @@ from kvcm_ray.errors import KvcmError
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES = 4 * 1024 * 1024
 LOG_EVERY_S = 1.0
 
 
@@ -101,7 +101,7 @@ class _Job:
                 rows = [row for row in direct if row is not None]
                 good = segments.read(file.backend, segment, spec, places, rows)
         else:
-            staged = _staging(len(blocks), size)
+            staged = staging(len(blocks), size)
             good = segments.read(file.backend, segment, spec, places, staged)
             self._deliver(blocks, staged, good)
         if not good:
@@ -110,7 +110,7 @@ class _Job:
 
     def _read_plain(self, file: _File, piece: slice) -> None:
         places, blocks = file.places[piece], file.blocks[piece]
-        staged = _staging(len(blocks), self.settings.spec_size)
+        staged = staging(len(blocks), self.settings.spec_size)
         plain.read(file.path, [place.slot for place in places], places[0].size, blocks, staged)
         self._deliver(blocks, staged, True)
 
@@ -246,14 +246,3 @@ def _row(block: BlockMemory, size: int) -> Bytes:
         whole = np.zeros(size, np.uint8)
         block.store(whole)
     return whole
-
-
-_THREAD = threading.local()
-
-
-def _staging(blocks: int, size: int) -> Bytes:
-    """Memory of this thread alone; fresh pages for each piece would cost more than the copy."""
-    known: Bytes | None = getattr(_THREAD, "memory", None)
-    if known is None or known.size < blocks * size:
-        _THREAD.memory = known = np.empty(max(PIECE_BYTES, blocks * size), np.uint8)
-    return known[: blocks * size].reshape(blocks, size)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvcm_ray.connectors.given import checked
 from kvcm_ray.errors import InvalidArgument
 
 ROUTER_CLASS = "kvcm_ray.connectors.serve_llm.router:KVCMRequestRouter"
@@ -58,11 +58,7 @@ def router_settings(given: Mapping[str, Any]) -> RouterSettings:
     Raises:
         InvalidArgument: an unknown name, a value of the wrong type or out of range.
     """
-    fields = {field.name: field.default for field in dataclasses.fields(RouterSettings)}
-    unknown = sorted(set(given) - set(fields))
-    if unknown:
-        raise InvalidArgument(f"the router has no setting {', '.join(unknown)}; it knows {', '.join(fields)}")
-    return RouterSettings(**{name: _typed(name, value, fields[name]) for name, value in given.items()})
+    return RouterSettings(**checked(RouterSettings, given, "the router has no setting"))
 
 
 def router_config(**settings: Any) -> dict[str, Any]:
@@ -73,11 +69,3 @@ def router_config(**settings: Any) -> dict[str, Any]:
     """
     router_settings(settings)
     return {"request_router_class": ROUTER_CLASS, "request_router_kwargs": dict(settings)}
-
-
-def _typed(name: str, value: Any, default: Any) -> Any:
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not type(default):
-        raise InvalidArgument(f"{name} must be a {type(default).__name__}, got {value!r}")
-    return value

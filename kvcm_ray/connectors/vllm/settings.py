@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvcm_ray.connectors.given import checked, with_address
 from kvcm_ray.errors import InvalidArgument
 
 
@@ -53,21 +52,4 @@ def settings_of(extra: Mapping[str, Any]) -> Settings:
     Raises:
         InvalidArgument: an unknown name, a value of the wrong type or out of range, no address.
     """
-    fields = {field.name: field.default for field in dataclasses.fields(Settings)}
-    unknown = sorted(set(extra) - set(fields))
-    if unknown:
-        known = ", ".join(fields)
-        raise InvalidArgument(f"kv_connector_extra_config has no {', '.join(unknown)}; it knows {known}")
-    values = {name: _typed(name, value, fields[name]) for name, value in extra.items()}
-    if not values.get("kvcm_data_dir") and not values.get("kvcm_url"):
-        values["kvcm_data_dir"] = os.environ.get("KVCM_ADDRESS", "")
-        values["kvcm_url"] = "" if values["kvcm_data_dir"] else os.environ.get("KVCM_URL", "")
-    return Settings(**values)
-
-
-def _typed(name: str, value: Any, default: Any) -> Any:
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not type(default):
-        raise InvalidArgument(f"{name} must be a {type(default).__name__}, got {value!r}")
-    return value
+    return Settings(**with_address(checked(Settings, extra, "kv_connector_extra_config has no")))
