@@ -23,6 +23,7 @@ import httpx
 import numpy as np
 
 from kvcm_ray.benchmarks.http_load import http_request
+from kvcm_ray.cluster.environment import free_ports
 from kvcm_ray.errors import KvcmError, Unavailable
 
 KEYS = (16, 128, 1024)
@@ -123,9 +124,7 @@ def _load(host: str, port: int, request: bytes, connections: int, seconds: float
 @contextmanager
 def _echo(response_bytes: int) -> Iterator[int]:
     """Port of a bare echo server."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = int(sock.getsockname()[1])
+    (port,) = free_ports(1)
     arguments = ["-m", "kvcm_ray.benchmarks.http_echo", str(port), str(response_bytes)]
     server = subprocess.Popen([sys.executable, *arguments])
     try:

@@ -81,11 +81,11 @@ def up(
         _announce(manager, data_dir, as_json, f"kvcm down{_where(data_dir)} stops it")
         return EXIT_OK
     if detach:
-        manager = cluster.up_detached(data_dir, port, tiers, host, replicas=replicas)
+        manager = cluster.up_detached(data_dir, port, tiers, host=host, replicas=replicas)
         _announce(manager, data_dir, as_json, f"kvcm down{_where(data_dir)} stops it")
         return EXIT_OK
     cluster.up(
-        data_dir, port, tiers, host, replicas=replicas, note=note,
+        cluster.Options(data_dir, port, tiers, host, replicas), note=note,
         on_ready=lambda manager: _announce(manager, data_dir, as_json, "Ctrl-C stops it"),
     )  # fmt: skip
     note("stopped")

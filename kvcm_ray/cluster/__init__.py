@@ -1,6 +1,6 @@
 """Start and stop a manager on this machine, and find a running one.
 
-up(data_dir, port, tiers)            in the foreground, until SIGINT or SIGTERM
+up(options)                          in the foreground, until SIGINT or SIGTERM
 up_detached(data_dir, port, tiers)   in the background; returns when it is ready
 up_inside(data_dir)                  in a Ray cluster that runs already
 find(data_dir)                       the running `Manager`, or None
@@ -15,11 +15,13 @@ from kvcm_ray.cluster.defaults import DEFAULT_GROUP, DEFAULT_TIERS, parse_size, 
 from kvcm_ray.cluster.facts import Manager, find
 from kvcm_ray.cluster.inside import up_inside
 from kvcm_ray.cluster.launch import up
+from kvcm_ray.cluster.options import Options
 
 __all__ = [
     "DEFAULT_GROUP",
     "DEFAULT_TIERS",
     "Manager",
+    "Options",
     "attach",
     "down",
     "find",

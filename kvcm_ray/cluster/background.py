@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kvcm_ray.actors.join import join, join_data_dir
 from kvcm_ray.actors.paths import manager_file, resolve, shm_dir
@@ -19,6 +20,7 @@ from kvcm_ray.cluster.defaults import parse_tiers
 from kvcm_ray.cluster.facts import DataDirLock, Manager, find, read_owner
 from kvcm_ray.cluster.inside import down_inside, is_inside
 from kvcm_ray.cluster.launch import check_port, clear_up_after
+from kvcm_ray.cluster.options import PORT, Options
 from kvcm_ray.errors import InUse, Unavailable
 
 START_TIMEOUT_S = 120.0
@@ -28,15 +30,16 @@ LOG_TAIL_BYTES = 2_000
 
 def up_detached(
     data_dir: str | os.PathLike[str],
-    port: int = 6382,
+    port: int = PORT,
     tiers: Sequence[str] = (),
-    host: str = "127.0.0.1",
     *,
-    replicas: int = 2,
-    reclaimers: int = 2,
     timeout_s: float = START_TIMEOUT_S,
+    **others: Any,
 ) -> Manager:
     """Start a manager in the background and wait until it is ready. Its output is ``D/manager.log``.
+
+    Args:
+        others: further fields of `Options`, where all are explained.
 
     Raises:
         InUse: a manager runs on the data directory, or the port is taken.
@@ -44,15 +47,11 @@ def up_detached(
         Unavailable: it did not get ready; the message ends with its last words.
     """
     folder = resolve(data_dir)
-    parse_tiers(tiers, folder)
+    options = Options(folder, port, tuple(tiers), **others)
+    parse_tiers(options.tiers, folder)
     DataDirLock(folder).release()  # says at once who else has it
-    check_port(host, port)
-    command = [
-        sys.executable, "-m", "kvcm_ray.cluster", "--data-dir", str(folder), "--port", str(port),
-        "--host", host, "--replicas", str(replicas), "--reclaimers", str(reclaimers),
-    ]  # fmt: skip
-    for tier in tiers:
-        command += ["--tier", tier]
+    check_port(options.host, port)
+    command = [sys.executable, "-m", "kvcm_ray.cluster", options.to_json()]
     log_file = folder / "manager.log"
     with log_file.open("ab") as output:
         begin = output.tell()

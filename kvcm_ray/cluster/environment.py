@@ -5,27 +5,37 @@ Everything here must be set before ``ray`` is imported, and all processes of the
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import random
 import socket
 import sys
 from pathlib import Path
 
 from kvcm_ray.cluster import haproxy, processes
+from kvcm_ray.errors import Unavailable
 
+_PORTS = range(20_000, 32_768)  #: Ray gives workers those from 10002 to 19999, the kernel those above
 HAPROXY_SWITCH = "KVCM_HAPROXY"  #: "0" starts without HAProxy
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct ports of 127.0.0.1 that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [int(item.getsockname()[1]) for item in sockets]
-    finally:
-        for item in sockets:
-            item.close()
+    """Distinct ports of 127.0.0.1 that were free a moment ago.
+
+    They lie below those that the kernel gives to whoever asks for any port: Ray's many servers and every
+    outgoing connection do, and would take one of those before its user listens there.
+    """
+    found: list[int] = []
+    with contextlib.ExitStack() as stack:
+        for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+            probe = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                found.append(port)
+            if len(found) == count:
+                return found
+    raise Unavailable(f"fewer than {count} ports from {_PORTS.start} to {_PORTS.stop - 1} are free")
 
 
 def haproxy_binary() -> Path | None:

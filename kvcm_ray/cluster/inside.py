@@ -36,7 +36,7 @@ ROUTE_PREFIX = "/kvcm"
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class InsideOptions:
     data_dir: str
     tiers: tuple[str, ...]
     route_prefix: str
@@ -73,7 +73,7 @@ def up_inside(
     defaults.parse_tiers(tiers, folder)
     join(ray_address, auth_mode=os.environ.get("RAY_AUTH_MODE", "disabled"))
     began = time.monotonic()
-    options = Options(str(folder), tuple(tiers), route_prefix, replicas, reclaimers)
+    options = InsideOptions(str(folder), tuple(tiers), route_prefix, replicas, reclaimers)
     if (host := _host()) is None:
         from kvcm_ray.actors import detached
 
@@ -120,7 +120,7 @@ class Host:
     What keeps it from starting is what `facts` raises: an error in `__init__` would lose its type.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: InsideOptions) -> None:
         self._options = options
         self._began = time.monotonic()
         self._folder = resolve(options.data_dir)

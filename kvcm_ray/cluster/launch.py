@@ -19,15 +19,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from kvcm_ray.actors.paths import manager_file, resolve
-from kvcm_ray.actors.reclaimer import RECLAIMERS_DEFAULT
 from kvcm_ray.cluster import defaults, environment, processes, reaper
 from kvcm_ray.cluster.facts import DataDirLock, Manager, Owner, read_owner, version, write_manager
+from kvcm_ray.cluster.options import Options
 from kvcm_ray.errors import InUse, Unavailable, Unsupported
 from kvcm_ray.index.lock import process_start
 
@@ -49,35 +48,8 @@ WATCH_PERIOD_S = 1.0
 VITAL = frozenset({"gcs_server", "raylet"})
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What a manager is started with.
-
-    Args:
-        data_dir: made if it does not exist.
-        port: of HTTP; 0 picks a free one.
-        tiers: see `kvcm_ray.cluster.defaults`; they count for a new data directory only.
-        host: address that HTTP listens on.
-        replicas: HTTP processes.
-        reclaimers: processes that erase blocks.
-    """
-
-    data_dir: str | os.PathLike[str]
-    port: int = 6382
-    tiers: tuple[str, ...] = ()
-    host: str = "127.0.0.1"
-    replicas: int = 2
-    reclaimers: int = RECLAIMERS_DEFAULT
-
-
 def up(
-    data_dir: str | os.PathLike[str],
-    port: int = 6382,
-    tiers: Sequence[str] = (),
-    host: str = "127.0.0.1",
-    *,
-    replicas: int = 2,
-    reclaimers: int = RECLAIMERS_DEFAULT,
+    options: Options,
     on_ready: Callable[[Manager], None] | None = None,
     note: Callable[[str], None] = log.info,
 ) -> None:
@@ -86,7 +58,6 @@ def up(
     Args:
         on_ready: called once when the manager answers HTTP.
         note: takes sentences about the start and about what differs from what was asked for.
-        others: see `Options`.
 
     Raises:
         InUse: a manager runs on the data directory, or the port is taken.
@@ -94,7 +65,7 @@ def up(
         Unavailable: the manager did not get ready in time, or lost a vital process while it ran.
         Unsupported: this process has imported ray.
     """
-    _Launch(Options(data_dir, port, tuple(tiers), host, replicas, reclaimers), note).run(on_ready)
+    _Launch(options, note).run(on_ready)
 
 
 class _Launch:

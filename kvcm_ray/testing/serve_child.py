@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,17 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+from kvcm_ray.cluster.environment import free_ports
 
 
 @contextmanager
 def serving(data_dir: Path, tmp_dir: Path, *, haproxy: bool) -> Iterator[str]:
     """URL of a manager that serves `data_dir`."""
-    port = free_port()
+    port = free_ports(1)[0]
     arguments = [str(data_dir), str(port), str(tmp_dir), *([] if haproxy else ["--no-haproxy"])]
     with (tmp_dir / "serve-child.log").open("wb") as log:
         child = subprocess.Popen(
@@ -61,8 +56,8 @@ def _environment(tmp_dir: Path, haproxy: bool) -> None:
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_ports(1)[0]),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_ports(1)[0]),
     }
 
 
