@@ -22,7 +22,6 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import smollm2
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
@@ -30,6 +29,7 @@ from transformers.cache_utils import DynamicCache
 from kvcm_ray import cluster
 from kvcm_ray.client import connect
 from kvcm_ray.connectors.transformers import ModelCache
+from kvcm_ray.testing import smollm2
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "design.md"
 DOCUMENT_TOKENS = int(sys.argv[1]) if len(sys.argv) > 1 else 2200

@@ -10,12 +10,8 @@ SmolLM2-135M-Instruct on the CPU, from a package on PyPI, unless `model` names a
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 from ray import serve
 from ray.serve.llm import LLMConfig, build_openai_app
@@ -26,13 +22,12 @@ from kvcm_ray.connectors.serve_llm.deployment import (
     CPU_PLACEMENT,
     llm_arguments,
 )
-
-EXAMPLES = Path(__file__).resolve().parents[1]
+from kvcm_ray.testing import smollm2
 
 
 def build(arguments: dict[str, str]) -> serve.Application:
     """The application. Arguments: data_dir; model, replicas, router ("kvcm" or "default") if wanted."""
-    source = arguments.get("model") or str(smollm2())
+    source = arguments.get("model") or str(smollm2.folder())
     found = llm_arguments(
         "example", source, data_dir=arguments["data_dir"], instance_id=f"example-{Path(source).name}",
         replicas=int(arguments.get("replicas", 2)),
@@ -41,27 +36,6 @@ def build(arguments: dict[str, str]) -> serve.Application:
     )  # fmt: skip
     config = LLMConfig(**found, placement_group_config=CPU_PLACEMENT, log_engine_metrics=True)
     return build_openai_app({"llm_configs": [config]})
-
-
-def smollm2() -> Path:
-    """The model's folder without the note that its weights were quantised once: they are float32 now."""
-    spec = importlib.util.spec_from_file_location("smollm2", EXAMPLES / "engines" / "smollm2.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    source: Path = module.folder()
-    target = source.with_name(f"{source.name}-plain")
-    if not target.exists():
-        scratch = Path(tempfile.mkdtemp(dir=source.parent))
-        for path in source.iterdir():
-            (scratch / path.name).symlink_to(path)
-        config: dict[str, Any] = json.loads((source / "config.json").read_text())
-        config.pop("quantization_config", None)
-        (scratch / "config.json").unlink()
-        (scratch / "config.json").write_text(json.dumps(config))
-        scratch.rename(target)
-    return target
 
 
 def main() -> None:

@@ -1,13 +1,17 @@
 """The metadata side of the client: how it learns where blocks are, and reserves room for new ones.
 
-`direct.DirectBackend` reads the index in this process and calls actors; `http.HttpBackend` does all
-by HTTP. Both answer in the same terms. With `blocking` true their coroutines never suspend (see
-`runtime`).
+    http.HttpBackend        all by HTTP
+    indexed.IndexBackend    reads the index in this process; changes go through a `Channel`:
+      actors.ActorChannel     actor calls, from a process in the manager's Ray
+      manager.ManagerChannel  to the manager that runs now: by actor calls if it can, else by HTTP
+
+All answer in the same terms. With `blocking` true their coroutines never suspend (see `runtime`).
 """
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +28,7 @@ from kvcm_ray.core.requests import (
     PinBlocks,
     Pinned,
     Removed,
+    Touch,
     TrimInstance,
     UnpinBlocks,
     WriteFinished,
@@ -43,28 +48,12 @@ class NewBlocks:
     partial_tail: bool = False
 
 
-class Backend(Protocol):
-    """All calls raise `KvcmError` only; `Unavailable` once `timeout_s` has passed."""
-
-    @property
-    def address(self) -> str:
-        """What it is connected to, for messages."""
+class Changes(Protocol):
+    """What is changed at the manager. All calls raise `KvcmError` only; `Unavailable` once
+    `timeout_s` has passed."""
 
     async def register(self, info: InstanceInfo, timeout_s: float) -> InstanceInfo:
         """Register an instance, or find it registered with the same shape."""
-
-    async def instance(self, instance_id: str, timeout_s: float) -> InstanceInfo: ...
-
-    async def match_length(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> int: ...
-
-    async def match(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Blocks:
-        """The blocks of the leading run of present keys."""
-
-    async def lookup(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Lookup: ...
-
-    async def elsewhere(self, info: InstanceInfo, tried: Blocks, timeout_s: float) -> Blocks:
-        """The same keys in the same order, at another place than they were looked for: they were moved
-        since, or have a copy. `NO_SEGMENT` for those that have none."""
 
     async def lease(self, info: InstanceInfo, keys: Keys, lease_s: float, timeout_s: float) -> Leased: ...
 
@@ -82,10 +71,38 @@ class Backend(Protocol):
 
     async def pin(self, info: InstanceInfo, what: PinBlocks | UnpinBlocks, timeout_s: float) -> Pinned: ...
 
+    async def close(self) -> None: ...
+
+
+class Channel(Changes, Protocol):
+    """A way to a manager, for those who read the index themselves."""
+
+    def tell(self, group: str, touches: Sequence[Touch], timeout_s: float) -> None:
+        """Report look-ups and wait until the group knows. Blocks, so it is for a thread of its own."""
+
+
+class Backend(Changes, Protocol):
+    """All that an instance is asked and told."""
+
+    @property
+    def address(self) -> str:
+        """What it is connected to, for messages."""
+
+    async def instance(self, instance_id: str, timeout_s: float) -> InstanceInfo: ...
+
+    async def match_length(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> int: ...
+
+    async def match(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Blocks:
+        """The blocks of the leading run of present keys."""
+
+    async def lookup(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Lookup: ...
+
+    async def elsewhere(self, info: InstanceInfo, tried: Blocks, timeout_s: float) -> Blocks:
+        """The same keys in the same order, at another place than they were looked for: they were moved
+        since, or have a copy. `NO_SEGMENT` for those that have none."""
+
     async def flush_touches(self) -> None:
         """Wait until the manager has been told of all reads so far."""
-
-    async def close(self) -> None: ...
 
 
 def new_id() -> str:

@@ -3,13 +3,15 @@
 Bytes still go straight to the storages: each location URI names a segment's directory below the
 root path that registerInstance told in ``storage_configs``, and the directory holds its
 description. (A storage below /dev/shm is listed as a file storage there; it is mapped, not read.)
+
+`HttpBackend` is the `Channel` of clients that read the index themselves, too.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,14 @@ import httpx
 import numpy as np
 import orjson
 
-from kvcm_ray import errors
+from kvcm_ray import errors, tracing
 from kvcm_ray.client.backend import NO_SEGMENT, NewBlocks, new_id, no_blocks
+from kvcm_ray.client.credentials import Credentials
 from kvcm_ray.client.places import differ, fill
 from kvcm_ray.client.results import Lookup, WritePlan
+from kvcm_ray.client.runtime import drive
 from kvcm_ray.client.transfer import Blocks
+from kvcm_ray.core.limits import KEYS_PER_CALL_MAX, LOOK_UPS_PER_TOUCH_MAX
 from kvcm_ray.core.mask import BlockMask
 from kvcm_ray.core.model import (
     InstanceInfo,
@@ -40,6 +45,7 @@ from kvcm_ray.core.requests import (
     PinBlocks,
     Pinned,
     Removed,
+    Touch,
     TrimInstance,
     UnpinBlocks,
     WriteFinished,
@@ -65,6 +71,15 @@ _BY_WIRE: dict[str, type[KvcmError]] = {
     "SERVER_NOT_LEADER": errors.Unavailable,
     "UNSUPPORTED": errors.Unsupported,
 }
+_BY_STATUS: dict[int, type[KvcmError]] = {
+    401: errors.Unauthenticated,
+    403: errors.Forbidden,
+    429: errors.TooManyRequests,
+}
+
+
+class NotReached(Unavailable):
+    """Nothing listens there: the request was not even sent."""
 
 
 def error_of(wire_code: str, message: str) -> KvcmError:
@@ -88,14 +103,32 @@ def _reason(message: str) -> str:
 
 
 class HttpBackend:
-    """`Backend` over ``http://host:port``; see `kvcm_ray.client.backend`."""
+    """`Backend` over ``http://host:port``, or https; see `kvcm_ray.client.backend`. Thread-safe.
 
-    def __init__(self, url: str, *, blocking: bool) -> None:
-        self._url = url.rstrip("/")
+    Args:
+        url: of the manager; a user and password in it are sent with every call (HTTP Basic).
+        blocking: see `kvcm_ray.client.runtime`.
+        credentials: those of the environment by default.
+
+    Raises:
+        InvalidArgument: no URL, or credentials that cannot be read.
+    """
+
+    def __init__(self, url: str, *, blocking: bool, credentials: Credentials | None = None) -> None:
+        self._given = url
+        self._url, user = _without_user(url)
         self.blocking = blocking
+        self._credentials = credentials or Credentials.of()
         limits = httpx.Limits(max_connections=64, max_keepalive_connections=16)
         kind = httpx.Client if blocking else httpx.AsyncClient
-        self._client: Any = kind(base_url=self._url, limits=limits, trust_env=False)
+        self._client: Any = kind(
+            base_url=self._url,
+            limits=limits,
+            trust_env=False,
+            auth=user or self._credentials.auth(),
+            verify=self._credentials.verify(self._url),
+        )
+        self._teller: HttpBackend | None = None
         self._storages: dict[str, dict[str, StorageConfig]] = {}  #: by instance id
         self._segments: dict[str, Segment] = {}  #: by directory
 
@@ -104,6 +137,8 @@ class HttpBackend:
         return self._url
 
     async def close(self) -> None:
+        if self._teller is not None:
+            await self._teller.close()
         if self.blocking:
             self._client.close()
         else:
@@ -117,16 +152,25 @@ class HttpBackend:
         """
         data = orjson.dumps({"trace_id": "kvcm-client", **body}, option=orjson.OPT_SERIALIZE_NUMPY)
         try:
-            request = self._client.post(f"/api/{call}", content=data, timeout=max(0.001, timeout_s))
+            headers = {tracing.HEADER: tracing.carried()} if tracing.on else None
+            limit_s = max(0.001, timeout_s)
+            request = self._client.post(f"/api/{call}", content=data, timeout=limit_s, headers=headers)
             response = request if self.blocking else await request
             answer = orjson.loads(response.content)
             status = answer["header"]["status"]
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise NotReached(f"no answer from {self._url}: {error or 'it does not accept'}") from error
         except httpx.HTTPError as error:
             what = str(error) or type(error).__name__
             raise Unavailable(f"no answer from {self._url}: {what}") from error
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+            if refusal := _BY_STATUS.get(response.status_code):
+                raise refusal(f"{self._url} answered {call} with status {response.status_code}") from error
             text = f"{self._url} answered {call} with status {response.status_code}"
             raise Unavailable(f"{text} and no KVCM header; is it a KVCM manager?") from error
+        if response.status_code in _BY_STATUS:
+            message = _CODE.sub("", _reason(status["message"]))
+            raise _BY_STATUS[response.status_code](message, wire=status["code"])
         if status["code"] != "OK":
             raise error_of(status["code"], status["message"])
         return dict(answer)
@@ -261,6 +305,18 @@ class HttpBackend:
     async def flush_touches(self) -> None:
         """The manager's replicas report the reads that they serve, by themselves and a moment later."""
 
+    # ----------------------------------------------------------------------------- reported reads
+
+    def tell(self, group: str, touches: Sequence[Touch], timeout_s: float) -> None:
+        """See `Channel.tell`."""
+        if not self.blocking:
+            if self._teller is None:
+                self._teller = HttpBackend(self._given, blocking=True, credentials=self._credentials)
+            self._teller.tell(group, touches, timeout_s)
+            return
+        for instance_id, look_ups in touch_calls(touches):
+            drive(self.post("touchCache", {"instance_id": instance_id, "look_ups": look_ups}, timeout_s))
+
     # ------------------------------------------------------------------------------- locations
 
     async def _blocks(
@@ -298,6 +354,49 @@ class HttpBackend:
                 return None
             self._segments[directory] = found
         return found
+
+
+def touch_calls(touches: Sequence[Touch]) -> Iterator[tuple[str, list[Json]]]:
+    """The touchCache calls that report `touches`: of one instance each, in order, within the limits."""
+    by_instance: dict[str, list[Touch]] = {}
+    for touch in touches:
+        by_instance.setdefault(touch.instance_id, []).append(touch)
+    for instance_id, reported in by_instance.items():
+        part: list[Json] = []
+        keys = 0
+        for touch in reported:
+            count = sum(len(some) for some in (touch.keys, touch.missed, touch.held) if some is not None)
+            if part and (len(part) >= LOOK_UPS_PER_TOUCH_MAX or keys + count > KEYS_PER_CALL_MAX):
+                yield instance_id, part
+                part, keys = [], 0
+            part.append(_look_up(touch))
+            keys += count
+        yield instance_id, part
+
+
+def _look_up(touch: Touch) -> Json:
+    """As ``messages.LookUp``."""
+    body: Json = {"query_type": "QT_PREFIX_MATCH", "block_keys": touch.keys}
+    if touch.missed is not None:
+        body["missed_keys"] = touch.missed
+        if touch.held is not None:
+            body["held_keys"] = touch.held
+    else:
+        body["query_type"] = "QT_REVERSE_ROLL_SW_MATCH" if touch.chained else "QT_BATCH_GET"
+        body["asked_blocks"] = touch.lookups
+    if touch.time_s:
+        body["time_us"] = int(touch.time_s * 1e6)
+    return body
+
+
+def _without_user(url: str) -> tuple[str, tuple[str, str] | None]:
+    """The URL as it may be shown, and the user and password that stand in it."""
+    try:
+        parsed = httpx.URL(url.rstrip("/"))
+    except httpx.InvalidURL as error:
+        raise errors.InvalidArgument(f"not a URL: {error}") from error
+    user = (parsed.username, parsed.password) if parsed.username else None
+    return str(parsed.copy_with(username=None, password=None)) if user else url.rstrip("/"), user
 
 
 def _exists(mask: Json, count: int) -> Flags:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from kvcm_ray import tracing
 from kvcm_ray.client.backend import CALL_TIMEOUT_S, Backend, NewBlocks, new_id, no_blocks
 from kvcm_ray.client.buffers import Rows, SpecBuffers, by_spec, rows_of, select
 from kvcm_ray.client.results import GetResult, Lookup, Match, PutResult, WritePlan
@@ -209,6 +210,12 @@ class AsyncInstance:
         Returns:
             How many blocks were stored now; see `PutResult`.
         """
+        with tracing.span("kvcm put", {"kvcm.instance_id": self.instance_id} if tracing.on else None):
+            return await self._put(keys, buffers, spec, partial_tail, timeout_s)
+
+    async def _put(
+        self, keys: KeyList, buffers: SpecBuffers, spec: str | None, partial_tail: bool, timeout_s: float
+    ) -> PutResult:
         asked = as_keys(keys)
         rows = self._rows(buffers, spec, len(asked), writable=False)
         group = self._spec_group(set(rows))
@@ -254,6 +261,12 @@ class AsyncInstance:
         Returns:
             How many leading blocks were read; see `GetResult`.
         """
+        with tracing.span("kvcm get", {"kvcm.instance_id": self.instance_id} if tracing.on else None):
+            return await self._get(keys, buffers, spec, deadline_s)
+
+    async def _get(
+        self, keys: KeyList, buffers: SpecBuffers, spec: str | None, deadline_s: float | None
+    ) -> GetResult:
         asked = as_keys(keys)
         rows = self._rows(buffers, spec, len(asked), writable=True)
         end_s = None if deadline_s is None else time.monotonic() + deadline_s

@@ -15,10 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kvcm_ray import tracing
 from kvcm_ray.client.buffers import PIECE_BYTES, Rows, select, staging
 from kvcm_ray.client.runtime import Pool, Runtime
 from kvcm_ray.core.model import Segment, StorageConfig
@@ -176,14 +178,16 @@ class Transfer:
 
         `deadline_s` is on `time.monotonic()`; None waits without limit.
         """
-        return await self._each_group(spec, blocks, out, deadline_s, _Job.read)
+        with tracing.span("storage read", _about(spec, blocks)):
+            return await self._each_group(spec, blocks, out, deadline_s, _Job.read)
 
     async def write(self, spec: str, blocks: Blocks, rows: Rows, deadline_s: float) -> Moved:
         """Store `rows`, one a block; True for blocks whose bytes and headers are in place.
 
         No piece is begun within `LEASE_MARGIN_S` of `deadline_s`, the end of the session's lease.
         """
-        return await self._each_group(spec, blocks, rows, deadline_s, _Job.write)
+        with tracing.span("storage write", _about(spec, blocks)):
+            return await self._each_group(spec, blocks, rows, deadline_s, _Job.write)
 
     async def _each_group(
         self, spec: str, blocks: Blocks, rows: Rows, deadline_s: float | None,
@@ -226,6 +230,14 @@ class Transfer:
                 storage = _Storage(config, open_storage(config), Pool(name))
                 self._storages[name] = storage  # an older one lives on while calls use it
             return storage
+
+
+def _about(spec: str, blocks: Blocks) -> dict[str, Any] | None:
+    """What a span says of a transfer."""
+    if not tracing.on:
+        return None
+    storages = sorted({segment.storage for segment in blocks.segments.values()})
+    return {"kvcm.spec": spec, "kvcm.blocks": len(blocks), "kvcm.storage": ", ".join(storages)}
 
 
 def _copy(source: Rows, target: Rows) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-START_S = 240.0
+START_S = 600.0
 ANSWER_S = 240.0
 VOCABULARY = 1024
 
@@ -27,7 +27,10 @@ VOCABULARY = 1024
 class Engine:
     """One vLLM engine with the connector (or none), in a process of its own."""
 
-    def __init__(self, model: Path, log: Path, connector: dict[str, Any] | None, **settings: Any) -> None:
+    def __init__(
+        self, model: Path, log: Path, connector: dict[str, Any] | None, *,
+        module: str = "kvcm_ray.connectors.vllm", **settings: Any,
+    ) -> None:  # fmt: skip
         arguments = {
             "model": str(model), "skip_tokenizer_init": True, "block_size": 32, "enforce_eager": True,
             "dtype": "float32", "max_model_len": 4096, "max_num_batched_tokens": 1024,
@@ -36,7 +39,7 @@ class Engine:
         } | settings  # fmt: skip
         if connector is not None:
             arguments["kv_transfer_config"] = {
-                "kv_connector": "KVCMConnector", "kv_connector_module_path": "kvcm_ray.connectors.vllm",
+                "kv_connector": "KVCMConnector", "kv_connector_module_path": module,
                 "kv_role": "kv_both", "kv_connector_extra_config": connector,
             }  # fmt: skip
         environment = os.environ | {
@@ -71,6 +74,10 @@ class Engine:
     def reset(self) -> bool:
         return bool(self._ask({"do": "reset"}))
 
+    def call(self, function: str, **arguments: Any) -> Any:
+        """What ``module:name`` says of ``(llm, **arguments)`` in the engine's process; all of it as JSON."""
+        return self._ask({"do": "call", "function": function, "arguments": arguments})
+
     def close(self) -> None:
         """Ends the engine and its own children (its process group)."""
         with contextlib.suppress(BrokenPipeError, OSError, AssertionError):
@@ -103,14 +110,16 @@ def engine(
         started.close()
 
 
-def llama(folder: Path, *, layers: int = 4, hidden: int = 256, seed: int = 0) -> Path:
+def llama(
+    folder: Path, *, layers: int = 4, hidden: int = 256, seed: int = 0, vocabulary: int = VOCABULARY
+) -> Path:
     """A random Llama whose greedy outputs vary, with real weights on disk."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=hidden // 64, num_key_value_heads=max(1, hidden // 128), head_dim=64,
         max_position_embeddings=8192, initializer_range=0.12, tie_word_embeddings=False,
     )  # fmt: skip
@@ -131,6 +140,22 @@ def olmo3(folder: Path) -> Path:
         max_position_embeddings=8192, initializer_range=0.12, tie_word_embeddings=False,
     )  # fmt: skip
     Olmo3ForCausalLM(config).float().save_pretrained(folder)
+    return folder
+
+
+def lfm2(folder: Path) -> Path:
+    """Random LFM 2: layers of short convolutions, which keep a state, and full attention."""
+    import torch
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(5)
+    config = Lfm2Config(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"] * 2,
+        max_position_embeddings=8192, initializer_range=0.12, tie_word_embeddings=False,
+        block_auto_adjust_ff_dim=False, conv_dim=256, block_dim=256, block_norm_eps=1e-5,
+    )  # fmt: skip
+    Lfm2ForCausalLM(config).float().save_pretrained(folder)
     return folder
 
 

@@ -1,11 +1,12 @@
 """A real vLLM engine on the CPU, driven by JSON lines: one command a line in, one answer a line out.
 
 Started by `kvcm_ray.testing.engines.Engine` with the arguments of `vllm.LLM` as JSON. What vLLM prints
-goes to stderr.
+goes to stderr. `call` runs a named function on the engine itself, for what only its process can see.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -72,6 +73,9 @@ def main() -> None:
             reply = metrics(llm)
         elif command["do"] == "reset":
             reply = bool(llm.reset_prefix_cache())
+        elif command["do"] == "call":
+            module, _, name = command["function"].partition(":")
+            reply = getattr(importlib.import_module(module), name)(llm, **command["arguments"])
         else:
             break
         stream.write(json.dumps(reply) + "\n")

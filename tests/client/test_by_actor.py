@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvcm_ray.actors.handles import GroupHandle
 from kvcm_ray.client import Client, connect
+from kvcm_ray.client.actors import ActorChannel
 from kvcm_ray.cluster import Manager
 from kvcm_ray.errors import Unavailable
 from kvcm_ray.testing.cluster import run_python, shared_manager
+from kvcm_ray.testing.served import served
 from kvcm_ray.traces import block_pattern
 
 pytestmark = pytest.mark.ray
@@ -41,8 +44,7 @@ def some_keys(count: int) -> Any:
 
 def test_reads_are_reported_in_the_background(client: Client) -> None:
     cache = client.register(next(_names), block_size=4, specs={"tp0": SIZE})
-    backend: Any = client._client.backend
-    group = backend._group("default")
+    group = GroupHandle("default")
     keys = some_keys(8)
     cache.put(keys, block_pattern(keys, SIZE))
     before = group.ask_sync("usage")
@@ -106,4 +108,36 @@ def test_a_process_is_in_one_cluster_only(running: Manager, client: Client, tmp_
     other.mkdir()
     (other / "manager.json").write_text('{"ray_address": "127.0.0.1:1"}')
     with pytest.raises(Unavailable, match="not of"):
-        connect(other)
+        connect(other, ray=True)
+
+
+def test_actors_are_called_where_the_process_is_in_the_manager_s_ray(
+    running: Manager, tmp_path: Path
+) -> None:
+    def channel(**how: Any) -> Any:
+        with connect(running.data_dir, **how) as client:
+            return client._client.backend._changes._channel()  # type: ignore[attr-defined]
+
+    assert isinstance(channel(), ActorChannel)
+    assert isinstance(channel(ray=True), ActorChannel)
+    assert channel(ray=False).address == running.url
+    with served(tmp_path / "data") as other, connect(other.data_dir) as client:  # this Ray is not its own
+        cache = client.register("i", block_size=4, specs={"tp0": SIZE})
+        assert cache.put([1], bytes(SIZE)) == 1
+        assert client._client.backend._changes._channel().address == other.url  # type: ignore[attr-defined]
+
+
+def test_a_process_without_ray_uses_a_running_manager(running: Manager) -> None:
+    code = """
+        import sys
+        from kvcm_ray.client import connect
+
+        with connect(sys.argv[1]) as client:
+            cache = client.register(sys.argv[2], block_size=4, specs={"tp0": 64})
+            print(int(cache.put([1, 2], bytes(range(128)))), int(cache.get([1, 2], bytearray(128))))
+            client.flush_touches()
+        print([name for name in ("ray", "fastapi") if name in sys.modules])
+    """
+    before = GroupHandle("default").ask_sync("usage")["lookup_blocks"]
+    assert run_python(code, running.data_dir, next(_names)).splitlines() == ["2 2", "[]"]
+    assert GroupHandle("default").ask_sync("usage")["lookup_blocks"] == before + 2

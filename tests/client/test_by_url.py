@@ -96,7 +96,7 @@ def test_no_address(tmp_path: Path) -> None:
 
         with pytest.raises(Unavailable, match="KVCM_ADDRESS and KVCM_URL are not set"):
             connect()
-        with pytest.raises(Unavailable, match="no manager runs on"):
+        with pytest.raises(Unavailable, match="no manager was ever started on"):
             connect("empty")
     """
     (tmp_path / "empty").mkdir()

@@ -13,6 +13,8 @@ import pytest
 
 from kvcm_ray import client as client_package
 from kvcm_ray.client import Client, Instance, connect_async
+from kvcm_ray.client.http import HttpBackend
+from kvcm_ray.client.runtime import drive
 from kvcm_ray.core.hashing import block_keys_from_tokens
 from kvcm_ray.errors import InstanceMismatch, InstanceNotFound, InvalidArgument, KvcmError
 from kvcm_ray.traces import block_pattern
@@ -276,11 +278,10 @@ def test_async_tasks_share_a_client(address: str) -> None:
     asyncio.run(scene())
 
 
-def test_removing_says_how_many(client: Client, cache: Instance) -> None:
+def test_removing_says_how_many(cache: Instance, by_actors: bool) -> None:
     keys = some_keys(3)
     cache.put(keys, block_pattern(keys, SIZE))
-    expected = -1 if client.address.startswith("http") else 2
-    assert cache.remove(keys[:2]) == expected
+    assert cache.remove(keys[:2]) == (2 if by_actors else -1)
 
 
 def test_a_full_group_is_not_an_error_to_the_engine(client: Client) -> None:
@@ -289,11 +290,13 @@ def test_a_full_group_is_not_an_error_to_the_engine(client: Client) -> None:
         cache.start_write([1, 2])
 
 
-def test_a_removed_instance_is_a_miss_then_comes_back(client: Client, cache: Instance) -> None:
+def test_a_removed_instance_is_a_miss_then_comes_back(
+    client: Client, cache: Instance, api: HttpBackend
+) -> None:
     keys = some_keys(2)
     data = block_pattern(keys, SIZE)
     cache.put(keys, data)
-    remove_instance(client, cache.instance_id)
+    drive(api.post("removeInstance", {"instance_id": cache.instance_id}, 10))
     found = cache.match(keys)
     assert (found.length, isinstance(found.error, InstanceNotFound)) == (0, True)
     assert cache.get(keys, np.zeros_like(data)) == 0
@@ -304,13 +307,3 @@ def test_a_removed_instance_is_a_miss_then_comes_back(client: Client, cache: Ins
     out = np.zeros_like(data)
     assert cache.get(keys, out) == 2, "handles follow the registration"
     assert (out == data).all()
-
-
-def remove_instance(client: Client, instance_id: str) -> None:
-    backend: Any = client._client.backend
-    if client.address.startswith("http"):
-        from kvcm_ray.client.runtime import drive
-
-        drive(backend.post("removeInstance", {"instance_id": instance_id}, 10))
-    else:
-        backend._registry.call_sync("remove_instance", instance_id)

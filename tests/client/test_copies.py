@@ -18,7 +18,7 @@ import pytest
 from kvcm_ray.actors.view import RegistryView
 from kvcm_ray.client import Client, Instance, connect
 from kvcm_ray.client.aio import AsyncClient
-from kvcm_ray.client.direct import DirectBackend
+from kvcm_ray.client.connect import open_backend
 from kvcm_ray.client.http import HttpBackend
 from kvcm_ray.client.runtime import SyncRuntime, drive
 from kvcm_ray.index import IndexReader
@@ -66,7 +66,7 @@ def _quota(blocks: int) -> dict[str, Any]:
 
 @pytest.fixture
 def direct(manager: Served) -> Iterator[Client]:
-    backend = DirectBackend(RegistryView(manager.data_dir), blocking=True)
+    backend = open_backend(manager.data_dir, blocking=True, ray=False)
     with Client(AsyncClient(backend, SyncRuntime())) as client:
         yield client
 

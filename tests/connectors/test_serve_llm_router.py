@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcm_ray.benchmarks.serve_llm import decisions, tokens_of
+from kvcm_ray.benchmarks.serve_llm import SOURCES, total
+from kvcm_ray.benchmarks.serve_llm_decisions import decisions
 from kvcm_ray.client import connect
 from kvcm_ray.connectors.serve_llm import learning
 from kvcm_ray.connectors.serve_llm.deployment import CPU_ENGINE, llm_arguments
@@ -216,5 +217,6 @@ def test_sums_of_metrics() -> None:
         f'# TYPE {name} counter\n{name}{{engine="0",source="local_cache_hit"}} 5.0\n'
         f'{name}{{source="local_cache_hit",engine="1"}} 1e+02\n{name}{{source="local_compute"}} 7.0\n'
     )
-    assert tokens_of(text, "local_cache_hit") == 105
-    assert tokens_of(text, "local_compute") == 7
+    name = "vllm_prompt_tokens_by_source"
+    found = {column: total(text, name, source=source) for column, source in SOURCES.items()}
+    assert found == {"computed_tokens": 7, "own_tokens": 105, "loaded_tokens": 0}

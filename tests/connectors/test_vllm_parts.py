@@ -144,12 +144,6 @@ class TestLayout:
         assert full.tolist() == [[6], [7], [-1]]
         assert window.tolist() == [[-1, 10], [11, 12], [-1, -1]]
 
-    def test_runs(self) -> None:
-        ids = np.array([3, 4, 5, -1, -1, 9, 2, 3, -1], np.int64)
-        assert layout.runs(ids) == [(0, 3), (5, 6), (6, 8)]
-        assert layout.runs(np.array([-1, 0, 1], np.int64)) == [(1, 3)]
-        assert layout.runs(np.zeros(0, np.int64)) == []
-
 
 def test_reports_of_workers_are_merged() -> None:
     one = Report(written={4: (1, np.array([True, True, False]))}, failed_loads={"a"}, lost=[1])

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kvcm_ray.cluster import Manager
+from kvcm_ray.testing import smollm2 as weights
 from kvcm_ray.testing.cluster import manager
 from kvcm_ray.testing.engines import llama
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -31,17 +27,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Manager]:
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example's folder, without the note that the weights came from a quantised file."""
-    script = ROOT / "examples" / "engines" / "smollm2.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
-    source = Path(done.stdout.strip().splitlines()[-1])
-    target = tmp_path_factory.mktemp("models") / "smollm2"
-    target.mkdir()
-    for path in source.iterdir():
-        (target / path.name).symlink_to(path)
-    config = json.loads((source / "config.json").read_text())
-    config.pop("quantization_config", None)
-    (target / "config.json").unlink()
-    (target / "config.json").write_text(json.dumps(config))
-    return target
+def smollm2() -> Path:
+    """The folder of real weights; fetches 93 MB once."""
+    return weights.folder()

@@ -1,6 +1,6 @@
-"""The router's block keys are those of the engine's own hashes. Needs vLLM, starts no engine.
+"""The router's block keys are those of the engine's own hashes, and prompts go where their prefix is.
 
-Whole deployments are measured by ``python -m kvcm_ray.benchmarks.serve_llm``.
+The last test is the small form of ``kvcm bench serve-llm``: two real replicas of a random model.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcm_ray.benchmarks.serve_llm import router_before
+from kvcm_ray.benchmarks.serve_llm import Deployment, measure
+from kvcm_ray.benchmarks.serve_llm_decisions import router_before
+from kvcm_ray.benchmarks.serve_llm_load import Plan
 from kvcm_ray.client import connect
 from kvcm_ray.connectors.serve_llm.learning import BlockHashes, Learner
 from kvcm_ray.connectors.serve_llm.prompts import prompt_of
 from kvcm_ray.connectors.serve_llm.settings import router_settings
 from kvcm_ray.connectors.serve_llm.table import PrefixTable
 from kvcm_ray.connectors.vllm.layout import Group, Layout
+from kvcm_ray.testing import smollm2 as weights
 from kvcm_ray.testing.engines import tokens, wait_until
 from kvcm_ray.testing.served import served
 
@@ -109,3 +112,17 @@ def test_a_router_finds_what_engines_saved(tmp_path: Path) -> None:
 
         wait_until(lambda: ranks()[0] == [replicas[1]], 20, "a look-up in the shared cache")
         router._learner.close()
+
+
+def test_two_replicas_compute_a_document_once(smollm2: Path, tmp_path: Path) -> None:
+    """The users of a document follow the first of them, though all ask at once."""
+    plan = Plan(documents=2, users=3, turns=2, document_words=600)
+    found = measure(Deployment(str(weights.tiny(tmp_path / "tiny"))), plan)
+    print(found)
+    assert (found["requests"], found["failed"]) == (12, 0)
+    assert found["by_prefix"] >= 8
+    prompts = found["computed_tokens"] + found["own_tokens"] + found["loaded_tokens"]
+    words = plan.documents * plan.document_words
+    assert prompts > 6 * words, "every turn has its document"
+    # Each document once, and what each turn adds; a document computed twice would be 600 more.
+    assert found["computed_tokens"] < words + 12 * (plan.turn_words + plan.answer_tokens + 64) + 300

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kvcm_ray.cluster import Manager
-from kvcm_ray.testing.engines import Engine, deepseek, engine, olmo3, tokens, wait_until
+from kvcm_ray.testing.engines import Engine, deepseek, engine, lfm2, olmo3, tokens, wait_until
 
 BLOCK = 32
 P = tokens(1, 1500)
@@ -165,33 +165,50 @@ def damage(running: Manager, instance_id: str) -> None:
                 file.write(b"\xa5" * min(1 << 20, size))
 
 
-@pytest.mark.parametrize("kind", ["sliding windows", "two ranks"])
-def test_several_specs_a_block(
-    running: Manager, tiny_llama: Path, tmp_path: Path, kind: str, expected: dict[str, Any]
-) -> None:
-    """Groups of layers, or ranks, each have a spec of their own."""
-    if kind == "two ranks":
-        model, specs = tiny_llama, {"tp0", "tp1"}
-        more: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    else:
-        model, specs, more = olmo3(tmp_path / "olmo3"), {"tp0-g0", "tp0-g1", "tp0-g2"}, {}
-    instance_id = kind.replace(" ", "-")
-    with engine(model, tmp_path / "log", connector(running, instance_id), **more) as found:
-        cold, cold_part = found.one(P), found.one(Q)
-        assert len(set(cold["tokens"])) > 3
+def test_two_ranks(running: Manager, tiny_llama: Path, tmp_path: Path, expected: dict[str, Any]) -> None:
+    """Each has a spec of its own."""
+    more: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with engine(tiny_llama, tmp_path / "log", connector(running, "two-ranks"), **more) as found:
+        assert found.one(P)["tokens"] == expected["P"]
         wait_saved(found, P, whole(len(P)))
-        warm, part = found.one(P), found.one(Q)
-        assert (warm["cached"], warm["tokens"]) == (whole(len(P)), cold["tokens"])
-        assert part["cached"] >= whole(1100)
-        assert part["tokens"] == cold_part["tokens"]
-        stems = {path.stem for path in data_files(running, instance_id)}
-        assert stems == specs
-        damage(running, instance_id)  # with several groups the engine computes all of the prompt again
-        again = found.one(P)
-        assert again["tokens"] == cold["tokens"]
-        assert found.metrics()["vllm:kvcm_failed_loads"] >= 1
-    if kind == "two ranks":
-        assert cold["tokens"] == expected["P"]
+        check_warm(found, expected)
+        assert {path.stem for path in data_files(running, "two-ranks")} == {"tp0", "tp1"}
+        lose_bytes(running, found, "two-ranks", expected["P"])
+
+
+def test_sliding_windows(running: Manager, tmp_path: Path) -> None:
+    """Three groups, two of them with windows of 128 tokens, of which only some blocks are kept."""
+    other = P[:1100] + tokens(9, 200)
+    with engine(olmo3(tmp_path / "olmo3"), tmp_path / "log", connector(running, "windows")) as found:
+        cold = found.generate([P, Q, other])
+        assert [answer["cached"] for answer in cold] == [0, 0, 0]
+        assert len(set(cold[0]["tokens"])) > 3
+        wait_saved(found, P, whole(len(P)))
+        forget(running, "windows")
+        assert found.one(P)["cached"] == 0
+        wait_saved(found, P, whole(len(P)))
+        assert found.one(P)["tokens"] == cold[0]["tokens"]
+        # P has a window behind 1024 tokens, and where the second prompt parts from it the third goes on.
+        second = found.one(Q)
+        assert (second["cached"], second["tokens"]) == (1024, cold[1]["tokens"])
+        wait_saved(found, Q, whole(len(Q)))
+        third = found.one(other)
+        assert (third["cached"], third["tokens"]) == (whole(1100), cold[2]["tokens"])
+        assert {path.stem for path in data_files(running, "windows")} == {"tp0-g0", "tp0-g1", "tp0-g2"}
+        lose_bytes(running, found, "windows", cold[0]["tokens"])
+
+
+def forget(running: Manager, instance_id: str) -> None:
+    from kvcm_ray.client import connect
+
+    with connect(running.url) as client:
+        client.instance(instance_id).trim()
+
+
+def lose_bytes(running: Manager, found: Engine, instance_id: str, correct: list[int]) -> None:
+    damage(running, instance_id)  # with several groups the engine computes all of the prompt again
+    assert found.one(P)["tokens"] == correct
+    assert found.metrics()["vllm:kvcm_failed_loads"] >= 1
 
 
 def test_latent_attention(running: Manager, tmp_path: Path) -> None:
@@ -207,6 +224,16 @@ def test_latent_attention(running: Manager, tmp_path: Path) -> None:
         warm = found.one(prompt + cold[:1], 11)
         assert (warm["cached"], warm["tokens"]) == (len(prompt), cold[1:])
         assert found.one(prompt + tokens(6, 40))["cached"] == 0
+
+
+def test_a_model_with_states_runs_without_the_cache(running: Manager, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with engine(lfm2(tmp_path / "lfm2"), log, connector(running, "states")) as found:
+        first, again = found.one(P), found.one(P)
+        assert first["tokens"] == again["tokens"]
+        assert (first["cached"], again["cached"]) == (0, 0)
+        assert found.metrics().get("vllm:kvcm_lookups", 0) == 0
+    assert "runs without the cache: caches of kind MambaSpec are not saved" in log.read_text()
 
 
 def test_blocks_are_not_reused_before_they_are_copied(

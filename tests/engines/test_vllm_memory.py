@@ -1,4 +1,4 @@
-"""Blocks of the cache layouts that vLLM has, out of tensors and back into them."""
+"""The layers that vLLM registers, as groups of blocks. How pages are copied is tested in `test_paged`."""
 
 from __future__ import annotations
 
@@ -7,48 +7,10 @@ import pytest
 import torch
 
 from kvcm_ray.connectors.vllm.layout import Group, Layout
-from kvcm_ray.connectors.vllm.memory import GroupMemory, block_rows, worker_memory
+from kvcm_ray.connectors.vllm.memory import worker_memory
 from kvcm_ray.errors import Unsupported
 
 BLOCKS = 12
-SHAPES = {
-    "heads before tokens": lambda: torch.randn(BLOCKS, 2, 16, 64),
-    "tokens before heads": lambda: torch.randn(BLOCKS, 16, 2, 64).permute(0, 2, 1, 3),
-    "keys and values outside": lambda: torch.randn(2, BLOCKS, 16, 2, 32),
-    "keys and values inside": lambda: torch.randn(BLOCKS, 2, 16, 2, 32),
-    "latent": lambda: torch.randn(BLOCKS, 16, 576),
-    "16 bits": lambda: torch.randn(BLOCKS, 16, 2, 64).to(torch.bfloat16),
-    "kernel blocks of a quarter": lambda: torch.randn(4 * BLOCKS, 2, 4, 64),
-    "a padded pool": lambda: torch.randn(BLOCKS, 3 * 128)[:, :128].unflatten(1, (2, 64)),
-}
-
-
-@pytest.mark.parametrize("shape", sorted(SHAPES))
-@pytest.mark.parametrize("way", ["arrays", "tensors"])
-def test_blocks_come_back(shape: str, way: str) -> None:
-    torch.manual_seed(0)
-    layers = [SHAPES[shape]() for _ in range(3)]
-    before = [layer.clone() for layer in layers]
-    rows = [part for layer in layers for part in block_rows(layer, BLOCKS)]
-    memory = GroupMemory([part.numpy() for part in rows] if way == "arrays" else rows, 2)
-    ids = np.array([[4, 5], [9, 1], [2, 3]], np.int64)
-    out = np.empty((3, memory.bytes), np.uint8)
-    memory.gather(ids, out)
-    assert memory.bytes == 2 * sum(layer.numel() * layer.element_size() for layer in layers) // BLOCKS
-    for layer in layers:
-        layer.zero_()
-    memory.scatter(np.array([[4, 5], [9, -1], [2, 3]], np.int64), out)
-    back = set(range(BLOCKS)) - {0, 1, 6, 7, 8, 10, 11}
-    for layer, old in zip(layers, before, strict=True):
-        for new_rows, old_rows in zip(block_rows(layer, BLOCKS), block_rows(old, BLOCKS), strict=True):
-            for block in range(BLOCKS):
-                expected = old_rows[block] if block in back else torch.zeros_like(old_rows[block])
-                assert torch.equal(new_rows[block], expected), block
-
-
-def test_other_shapes_are_refused() -> None:
-    with pytest.raises(Unsupported, match="no dimension of 12 blocks"):
-        block_rows(torch.randn(16, 64, BLOCKS), BLOCKS)
 
 
 def test_layers_that_share_a_tensor_are_saved_once() -> None:
@@ -56,5 +18,30 @@ def test_layers_that_share_a_tensor_are_saved_once() -> None:
     shared = torch.randn(BLOCKS, 16, 64)
     memory = worker_memory(layout, {"a": shared, "b": shared, "c": torch.randn(BLOCKS, 16, 64)}, "tp0")
     assert memory.sizes == {"tp0": 2 * 16 * 64 * 4}
+    (group,) = memory.specs.values()
+    assert group.layers == [range(1), range(1, 2)]
+    assert group.of_layer == {"a": range(1), "b": range(1), "c": range(1, 2)}
     with pytest.raises(Unsupported, match="not a tensor"):
         worker_memory(layout, {"a": [shared]}, "tp0")
+
+
+def test_blocks_of_a_group_come_back() -> None:
+    torch.manual_seed(0)
+    layout = Layout(32, 16, (Group(0, ("a", "b"), 16, 2),), BLOCKS)
+    caches = {"a": torch.randn(2, BLOCKS, 16, 8), "b": torch.randn(BLOCKS, 16, 24).to(torch.bfloat16)}
+    before = {name: tensor.clone() for name, tensor in caches.items()}
+    (group,) = worker_memory(layout, caches, "tp0").specs.values()
+    assert group.of_layer == {"a": range(2), "b": range(2, 3)}
+    ids = np.array([[4, 5], [9, 1], [2, 3]], np.int64)
+    out = np.empty((3, group.bytes), np.uint8)
+    for span in group.layers:
+        group.gather(ids, out, span)
+    for tensor in caches.values():
+        tensor.zero_()
+    group.scatter(np.array([[4, 5], [9, -1], [2, 3]], np.int64), out)
+    back = [2, 3, 4, 5, 9]
+    gone = sorted(set(range(BLOCKS)) - set(back))
+    assert torch.equal(caches["a"][:, back], before["a"][:, back])
+    assert torch.equal(caches["b"][back], before["b"][back])
+    assert not caches["a"][:, gone].any()
+    assert not caches["b"][gone].any()

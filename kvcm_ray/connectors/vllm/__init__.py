@@ -7,8 +7,11 @@
 * `connector`: the class on vLLM's base class; the only module here, with `metrics`, that needs vLLM
 * `settings`, `identity`: what the user says, and how instances are named
 * `node`, `link`: the manager as this process sees it: look-ups in the index, the rest by HTTP
-* `layout`, `memory`: which blocks make one of ours, and where their bytes are
-* `scheduler`, `saving`, `worker`, `orders`: the two sides, and what travels between them
+* `layout`, `windows`: which blocks make one of ours, and which of them are kept
+* `memory`, `device`: where their bytes are, and when they are there
+* `scheduler`, `saving`: the scheduler's side
+* `worker`, `loading`, `copying`, `notes`: a worker's side
+* `orders`: what travels between them
 
 A cache never breaks serving: all that goes wrong here is a miss or a block that is not saved.
 """

@@ -32,6 +32,7 @@ from kvcm_ray.connectors.vllm.metrics import KVCMPromMetrics, KVCMStats
 from kvcm_ray.connectors.vllm.orders import Orders, Report
 from kvcm_ray.connectors.vllm.scheduler import SchedulerSide
 from kvcm_ray.connectors.vllm.settings import settings_of
+from kvcm_ray.connectors.vllm.windows import Part, parts_of, spec_groups
 from kvcm_ray.connectors.vllm.worker import WorkerSide
 from kvcm_ray.core.model import ModelDeployment
 from kvcm_ray.errors import KvcmError, Unsupported
@@ -138,13 +139,20 @@ class KVCMConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
-            self._missing |= self._worker.begin_step(self._orders())
+            self._worker.begin_step(self._orders())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are whole blocks, all layers: what the step needs is there before it begins."""
+        if self._worker is not None:
+            self._worker.wait_for_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Saves are whole blocks: they begin when the last layer is computed."""
+        if self._worker is not None:
+            self._worker.layer_computed(self._orders(), layer_name)
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Graphs that run as a whole do not wait for layers, so loads within a step forbid them."""
+        return extra_config.get("async_load") is False
 
     def wait_for_save(self) -> None:
         if self._worker is not None:
@@ -167,7 +175,7 @@ class KVCMConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         missing, self._missing = self._missing, set()
-        return missing
+        return missing if self._worker is None else missing | self._worker.take_missing()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         report = self._worker.report() if self._worker is not None else None
@@ -190,7 +198,8 @@ class KVCMConnector(KVConnectorBase_V1, SupportsHMA):
         for worker in workers:
             specs |= worker.specs
         shapes = sorted({worker.shape for worker in workers})
-        link = Link(self._settings, self._instance_info(specs, shapes))
+        parts = parts_of(self._layout)
+        link = Link(self._settings, self._instance_info(specs, shapes, parts), parts)
         self._scheduler = SchedulerSide(
             link, self._layout, workers=len(workers), writers=sum(worker.writes for worker in workers),
             hold=self._hold, release=self._release, null_block=self._pool.null_block.block_id,
@@ -209,7 +218,7 @@ class KVCMConnector(KVConnectorBase_V1, SupportsHMA):
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         self.set_xfer_handshake_metadata_pp_aware({(0, rank): found for rank, found in metadata.items()})
 
-    def _instance_info(self, specs: dict[str, int], shapes: list[str]) -> Any:
+    def _instance_info(self, specs: dict[str, int], shapes: list[str], parts: tuple[Part, ...]) -> Any:
         assert self._layout is not None
         config = self._vllm_config
         model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
@@ -228,6 +237,7 @@ class KVCMConnector(KVConnectorBase_V1, SupportsHMA):
                 pp_size=parallel.pipeline_parallel_size, extra="vllm",
             ),
             version=version,
+            spec_groups=spec_groups(parts, specs),
             depends_on=(
                 model.hf_config.to_json_string(), model.quantization, cache.cache_dtype, speculative,
                 identity.hash_scheme(cache.prefix_caching_hash_algo), self._layout.hash_tokens, *shapes,

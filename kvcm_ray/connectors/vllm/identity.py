@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvcm_ray.core.model import InstanceInfo, LocationSpecInfo, ModelDeployment
+from kvcm_ray.core.model import InstanceInfo, LocationSpecGroup, LocationSpecInfo, ModelDeployment
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
@@ -73,13 +73,16 @@ def instance_info(
     deployment: ModelDeployment,
     version: str,
     depends_on: tuple[object, ...],
+    spec_groups: Mapping[str, Sequence[str]] | None = None,
 ) -> InstanceInfo:
     """The instance to register; with no id given, one that names the model and all that blocks depend on."""
+    groups = tuple(LocationSpecGroup(n, tuple(names)) for n, names in (spec_groups or {}).items())
     ordered = tuple(LocationSpecInfo(name, size) for name, size in sorted(specs.items()))
     if not instance_id:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", deployment.model_name).strip("-.")[-60:] or "model"
-        instance_id = f"{name}-{digest(version, block_tokens, ordered, deployment, *depends_on)}"
+        instance_id = f"{name}-{digest(version, block_tokens, ordered, groups, deployment, *depends_on)}"
     return InstanceInfo(
         instance_group_name=group, instance_id=instance_id, block_size=block_tokens,
         location_spec_infos=ordered, model_deployment=deployment, model_version=version,
+        location_spec_groups=groups,
     )  # fmt: skip

@@ -8,14 +8,12 @@ several groups.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from kvcm_ray.connectors.keys import Keys, keys_of_hashes
 from kvcm_ray.connectors.vllm.orders import BlockIds
@@ -34,6 +32,7 @@ class Group:
     layers: tuple[str, ...]
     block_tokens: int
     per_block: int  #: engine blocks in one of ours
+    window: int = 0  #: tokens before the next one that it needs to be computed; 0 = all
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +52,15 @@ class Layout:
         return keys_of_hashes(hashes[begin * step + step - 1 :: step])
 
     def ids(
-        self, tables: Sequence[Sequence[int]], begin: int, end: int, *, after: int = 0, null: int = 0
-    ) -> tuple[BlockIds, ...]:
-        """Engine blocks of our blocks ``begin..end``, for each group.
+        self, tables: Sequence[Sequence[int]], begin: int, end: int, *, after: int = 0, null: int = 0,
+        groups: Sequence[int] | None = None,
+    ) -> tuple[BlockIds, ...]:  # fmt: skip
+        """Engine blocks of our blocks ``begin..end``, for each group (or those at the positions `groups`).
 
         Blocks of the first `after` tokens, null blocks and those beyond the table are -1.
         """
         found = []
-        for group in self.groups:
+        for group in self.groups if groups is None else [self.groups[i] for i in groups]:
             table = np.asarray(tables[group.index], np.int64)
             width = group.per_block
             ids = np.full((end - begin) * width, -1, np.int64)
@@ -92,7 +92,7 @@ def layout_of(kv_cache_config: Any, block_size: int) -> Layout:
     hash_tokens = int(getattr(kv_cache_config, "hash_block_size", None) or block_size)
     tokens = math.lcm(hash_tokens, *sizes)
     groups = tuple(
-        Group(index, tuple(group.layer_names), size, tokens // size)
+        Group(index, tuple(group.layer_names), size, tokens // size, _window(group.kv_cache_spec))
         for index, (group, size) in enumerate(zip(kv_cache_config.kv_cache_groups, sizes, strict=True))
     )
     return Layout(tokens, hash_tokens, groups, int(kv_cache_config.num_blocks))
@@ -103,10 +103,10 @@ def _layer_specs(spec: Any) -> list[Any]:
     return [spec] if inner is None else list(inner.values())
 
 
-def runs(ids: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Positions ``begin..end`` of the runs of consecutive numbers, -1 left out."""
-    if not len(ids):
-        return []
-    breaks = np.flatnonzero((np.diff(ids) != 1) | (ids[:-1] < 0) | (ids[1:] < 0)) + 1
-    edges = [0, *breaks.tolist(), len(ids)]
-    return [(a, b) for a, b in itertools.pairwise(edges) if ids[a] >= 0]
+def _window(spec: Any) -> int:
+    """Tokens that a group of sliding windows keeps before the next one; 0 for other groups."""
+    first = _layer_specs(spec)[0]
+    window = int(getattr(first, "sliding_window", None) or 0)
+    if not window or not type(first).__name__.startswith("SlidingWindow"):
+        return 0
+    return window - 1 + int(getattr(first, "extra_retained_tokens", 0))

@@ -21,6 +21,7 @@ from kvcm_ray.client.sync import Client, Instance, WriteSession
 from kvcm_ray.client.transfer import Blocks
 from kvcm_ray.connectors.vllm.node import backend_of
 from kvcm_ray.connectors.vllm.settings import Settings
+from kvcm_ray.connectors.vllm.windows import Found, Part, last_end, nothing, window_keys
 from kvcm_ray.core.model import InstanceInfo
 from kvcm_ray.core.requests import Flags, Keys
 from kvcm_ray.errors import InstanceMismatch, InstanceNotFound, InvalidArgument, KvcmError
@@ -35,9 +36,12 @@ REMOVE_KEYS_MAX = 4096
 class Link:
     """Made with the instance that is to be registered; `connect` begins."""
 
-    def __init__(self, settings: Settings, info: InstanceInfo) -> None:
+    def __init__(
+        self, settings: Settings, info: InstanceInfo, parts: tuple[Part, ...] = (Part((0,)),)
+    ) -> None:
         self.settings = settings
         self.info = info
+        self.parts = parts
         self._client: Client | None = None
         self._instance: Instance | None = None
         self._connected = threading.Event()
@@ -99,6 +103,7 @@ class Link:
             info.instance_id, info.instance_group_name, block_size=info.block_size,
             specs={spec.name: spec.size for spec in info.location_spec_infos},
             deployment=info.model_deployment, model_version=info.model_version,
+            spec_groups={group.name: group.spec_names for group in info.location_spec_groups},
         )  # fmt: skip
         self._open_index(instance)
         return instance
@@ -121,34 +126,51 @@ class Link:
 
     # -------------------------------------------------------------------------------- look-ups
 
-    def match(self, keys: Keys) -> Blocks:
-        """The leading blocks of `keys` that the cache holds; none if it cannot be asked."""
+    def match(self, keys: Keys, most: int) -> Found:
+        """What the cache holds of `keys`, for a request that goes on behind `most` blocks at most.
+
+        Nothing if it cannot be asked.
+        """
         instance = self._instance
         if instance is None or not len(keys):
-            return no_blocks()
+            return nothing()
         try:
-            return instance.match(keys, timeout_s=self.settings.lookup_timeout_s).blocks
+            blocks = instance.match(keys, timeout_s=self.settings.lookup_timeout_s).blocks
+            if len(self.parts) == 1:
+                return Found(blocks, len(blocks))
+            return self._with_window(instance, blocks, min(len(blocks), most))
         except Exception as error:  # it is called by the engine's scheduler, which must not end
             self._trouble(error)
-            return no_blocks()
+            return nothing()
 
-    def match_soon(self, keys: Keys, then: Callable[[Blocks], None]) -> None:
+    def _with_window(self, instance: Instance, blocks: Blocks, end: int) -> Found:
+        keys, window = window_keys(blocks.keys), self.parts[1].window
+        timeout_s = self.settings.lookup_timeout_s
+        end = last_end(lambda index: instance.lookup(keys[index], timeout_s=timeout_s).flags, end, window)
+        last = keys[max(0, end - window) : end]
+        found = instance.lookup(last, timeout_s=timeout_s).blocks if end else no_blocks()
+        usable = end if len(found) == len(last) else 0  # they may have gone since
+        return Found(blocks, usable, found)
+
+    def match_soon(self, keys: Keys, most: int, then: Callable[[Found], None]) -> None:
         """`match` by a thread of ours, for managers that are asked by HTTP."""
         try:
-            self._lookups.submit(lambda: then(self.match(keys)))
+            self._lookups.submit(lambda: then(self.match(keys, most)))
         except KvcmError:
-            then(no_blocks())
+            then(nothing())
 
     # ---------------------------------------------------------------------------------- writes
 
-    def start_write(self, keys: Keys, then: Callable[[WriteSession | None], None]) -> None:
-        """Open a session for `keys`, in the background; `then` gets it, or None."""
+    def start_write(self, keys: Keys, part: str, then: Callable[[WriteSession | None], None]) -> None:
+        """Open a session for `keys` of a part, in the background; `then` gets it, or None."""
 
         def work() -> None:
             instance, session = self._instance, None
             try:
                 if instance is not None:
-                    session = instance.start_write(keys, self.settings.save_timeout_s)
+                    session = instance.start_write(
+                        keys, self.settings.save_timeout_s, [part] * len(keys) if part else None
+                    )
             except (KvcmError, OSError) as error:
                 self._trouble(error)
             then(session)

@@ -1,8 +1,7 @@
-"""The engine's cache as rows of bytes, and copying blocks out of it and into it.
+"""The engine's cache of this worker, and copying blocks out of it and into it.
 
-A layer's tensor has a dimension of blocks, before or after one of keys and values, and bytes of one block
-lie together; so a layer is one or two matrices of (blocks, bytes). Our block's part of a group is, for
-each engine block in it, these rows of all its layers one after the other.
+Each layer is some matrices of (engine blocks, bytes): see `kvcm_ray.connectors.paged`. Our block's part of a
+group is, for each engine block in it, these rows of all its layers one after the other (``page_first``).
 """
 
 from __future__ import annotations
@@ -15,96 +14,49 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvcm_ray.connectors.vllm.layout import Layout, runs
+from kvcm_ray.connectors.paged import PagedCache, host, planes_of
+from kvcm_ray.connectors.paged.pinned import HostMemory
+from kvcm_ray.connectors.vllm.layout import Layout
 from kvcm_ray.connectors.vllm.orders import BlockIds
 from kvcm_ray.errors import Unsupported
 
 Bytes = npt.NDArray[np.uint8]
 
 
-def block_rows(tensor: Any, blocks: int) -> list[Any]:
-    """Views of a layer's tensor with the shape (blocks, bytes of one), dtype uint8.
-
-    Raises:
-        Unsupported: the bytes of one block do not lie together.
-    """
-    import torch
-
-    order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
-    physical = tensor.permute(order)
-    if physical.shape[0] % blocks == 0:
-        parts = [physical]
-    elif physical.dim() > 1 and physical.shape[1] % blocks == 0:
-        parts = list(physical.unbind(0))  # keys of all blocks, then values of all blocks
-    else:
-        raise Unsupported(f"a cache of shape {tuple(tensor.shape)} has no dimension of {blocks} blocks")
-    found = []
-    for part in parts:
-        whole = part.is_contiguous()
-        if not part[0].is_contiguous() or (part.shape[0] != blocks and not whole):
-            raise Unsupported(
-                f"blocks of shape {tuple(tensor.shape)}, strides {tensor.stride()} are scattered"
-            )
-        found.append(part.view(blocks, -1).view(torch.uint8))
-    return found
-
-
 class GroupMemory:
     """The layers of one group on this worker.
 
     Args:
-        layers: matrices of (engine blocks, bytes), all arrays or all tensors, dtype uint8.
+        matrices: of all layers, shape (engine blocks, bytes), all arrays or all tensors, dtype uint8.
         per_block: engine blocks in one of ours.
+        of_layer: which of the matrices are a layer's; layers may share them.
     """
 
-    def __init__(self, layers: Sequence[Any], per_block: int) -> None:
-        self._layers = list(layers)
-        self._on_cpu = all(isinstance(rows, np.ndarray) for rows in self._layers)
-        self._sizes = [int(rows.shape[1]) for rows in self._layers]
-        self.bytes = per_block * sum(self._sizes)  #: of this group in one of our blocks
-        self._per_block = per_block
+    def __init__(
+        self, matrices: Sequence[Any], per_block: int, of_layer: Mapping[str, range] | None = None
+    ) -> None:
+        self._cache = PagedCache(matrices, per_block)
+        self.bytes = self._cache.bytes  #: of this group in one of our blocks
+        self.on_cpu = self._cache.on_host
+        self.of_layer = dict(of_layer or {})
 
-    def gather(self, ids: BlockIds, out: Bytes) -> None:
-        """Copy blocks out: `out` has a row of `bytes` for each row of `ids`."""
-        self._copy(ids, out, out_of_cache=True)
+    @property
+    def layers(self) -> list[range]:
+        """The matrices of one layer after the other, in their order; each is in one of these."""
+        spans = sorted(set(self.of_layer.values()), key=lambda span: span.start)
+        return spans or [range(n, n + 1) for n in range(len(self._cache.planes))]
 
-    def scatter(self, ids: BlockIds, rows: Bytes) -> None:
+    def gather(self, ids: BlockIds, out: Bytes, matrices: range | None = None) -> None:
+        """Copy blocks out: `out` has a row of `bytes` for each row of `ids`.
+
+        With `matrices`, only the bytes of these. On a GPU, the engine's work has been waited for, and the
+        bytes are there on return.
+        """
+        host.gather_to_host(self._cache, ids, out, matrices)
+
+    def scatter(self, ids: BlockIds, rows: Bytes, matrices: range | None = None) -> None:
         """Copy blocks in; those of id -1 are left alone."""
-        self._copy(ids, rows, out_of_cache=False)
-
-    def _copy(self, ids: BlockIds, rows: Bytes, *, out_of_cache: bool) -> None:
-        flat = ids.reshape(-1)
-        parts = rows.reshape(len(flat), self.bytes // self._per_block)
-        copy = self._copy_arrays if self._on_cpu else self._copy_tensors
-        copy(flat, parts, out_of_cache)
-
-    def _copy_arrays(self, ids: npt.NDArray[np.int64], parts: Bytes, out_of_cache: bool) -> None:
-        spans = [(a, b, int(ids[a])) for a, b in runs(ids)]
-        at = 0
-        for array, size in zip(self._layers, self._sizes, strict=True):
-            column = parts[:, at : at + size]
-            for begin, end, block in spans:
-                cached = array[block : block + end - begin]
-                if out_of_cache:
-                    np.copyto(column[begin:end], cached)
-                else:
-                    np.copyto(cached, column[begin:end])
-            at += size
-
-    def _copy_tensors(self, ids: npt.NDArray[np.int64], parts: Bytes, out_of_cache: bool) -> None:
-        """The same for memory that numpy cannot see (a GPU), one indexed copy a layer."""
-        import torch
-
-        wanted = np.flatnonzero(ids >= 0)
-        at = 0
-        for tensor, size in zip(self._layers, self._sizes, strict=True):
-            where = torch.from_numpy(ids[wanted]).to(tensor.device)
-            if out_of_cache:
-                parts[wanted, at : at + size] = tensor[where].cpu().numpy()
-            else:
-                fresh = torch.from_numpy(np.ascontiguousarray(parts[wanted, at : at + size]))
-                tensor[where] = fresh.to(tensor.device)
-            at += size
+        host.scatter_from_host(self._cache, ids, rows, matrices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +83,16 @@ def worker_memory(layout: Layout, kv_caches: Mapping[str, Any], rank: str) -> Wo
                 tensors.setdefault(tensor.data_ptr(), tensor)  # layers may share one
         if not tensors:
             raise Unsupported(f"none of the layers of group {number} is on this worker")
-        layers = [rows for tensor in tensors.values() for rows in block_rows(tensor, layout.engine_blocks)]
+        layers: list[Any] = []
+        of_tensor = {}
+        for pointer, tensor in tensors.items():
+            rows = planes_of(tensor, layout.engine_blocks)
+            of_tensor[pointer] = range(len(layers), len(layers) + len(rows))
+            layers += rows
+        named = {name: of_tensor[kv_caches[name].data_ptr()] for name in group.layers if name in kv_caches}
         if all(rows.device.type == "cpu" for rows in layers):
             layers = [rows.numpy() for rows in layers]
-        specs[layout.spec_name(rank, number)] = GroupMemory(layers, group.per_block)
+        specs[layout.spec_name(rank, number)] = GroupMemory(layers, group.per_block, named)
     return WorkerMemory(specs)
 
 
@@ -161,6 +119,7 @@ class Staging:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
+        self._memory = HostMemory()
         self._out = 0
         self._free: list[Bytes] = []
         self._lock = threading.Lock()
@@ -177,7 +136,7 @@ class Staging:
 
     def _taken(self, size: int) -> Bytes:
         fitting = [i for i, buffer in enumerate(self._free) if size <= len(buffer) <= 4 * size + 2**20]
-        found = self._free.pop(fitting[0]) if fitting else np.empty(size, np.uint8)
+        found = self._free.pop(fitting[0]) if fitting else self._memory.new(size)
         self._out += len(found)
         return found
 
@@ -187,4 +146,4 @@ class Staging:
             self._out -= len(buffer)
             self._free.append(buffer)
             while self._free and sum(map(len, self._free)) + self._out > self._limit:
-                self._free.pop(0)
+                self._memory.drop(self._free.pop(0))

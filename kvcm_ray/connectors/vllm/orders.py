@@ -1,9 +1,10 @@
 """What the scheduler's side tells the workers with a step, and what they tell it back.
 
-A save is a *job* with a number. The scheduler sends `Capture` in the step that computes the blocks;
-each worker copies them out of the engine's cache and says so. The scheduler then lets go of them and opens
-the write session; once its plan is there it is sent too, the workers write their specs, and the scheduler
-finishes the session when all have. A job may end at any time by being dropped.
+A save is a *job* with a number. The scheduler sends `Capture` in the step that computes the blocks; each
+worker copies them out of the engine's cache, layer by layer while the step computes the next ones, and says
+so. The scheduler then lets go of them and opens the write session; once its plan is there it is sent too,
+the workers write their specs, and the scheduler finishes the session when all have. A job may end at any
+time by being dropped.
 """
 
 from __future__ import annotations
@@ -23,13 +24,28 @@ BlockIds = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
+class LoadPart:
+    """Blocks that were found, and where they go."""
+
+    blocks: Blocks
+    groups: tuple[int, ...]  #: positions in `Layout.groups`
+    ids: tuple[BlockIds, ...]  #: for each of them, shape (len(blocks), engine blocks in one of ours)
+
+    def ids_from(self, begin: int) -> set[int]:
+        """Engine blocks of the blocks from number `begin` on."""
+        found: set[int] = set()
+        for group in self.ids:
+            found.update(group[begin:].reshape(-1).tolist())
+        return found - {-1}
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
-    """Fill a request's engine blocks with blocks that were found."""
+    """Fill a request's engine blocks."""
 
     request_id: str
-    blocks: Blocks
-    ids: tuple[BlockIds, ...]  #: for each group, shape (len(blocks), engine blocks in one of ours)
-    in_step: bool  #: before this step's computation, which needs them
+    parts: tuple[LoadPart, ...]
+    in_step: bool  #: this step computes upon them; else they may take several steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +53,8 @@ class Capture:
     """Copy engine blocks, as many of ours as `ids` has rows."""
 
     job: int
-    ids: tuple[BlockIds, ...]
+    groups: tuple[int, ...]  #: positions in `Layout.groups`
+    ids: tuple[BlockIds, ...]  #: for each of them
 
 
 @dataclass(frozen=True, slots=True)

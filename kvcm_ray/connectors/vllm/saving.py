@@ -20,6 +20,7 @@ import numpy as np
 from kvcm_ray.client.sync import WriteSession
 from kvcm_ray.connectors.vllm.link import Link
 from kvcm_ray.connectors.vllm.orders import BlockIds, Capture, Orders, Plan, Report
+from kvcm_ray.connectors.vllm.windows import Part
 from kvcm_ray.core.requests import Flags, Keys
 
 JOBS_MAX = 256
@@ -42,6 +43,7 @@ class _Job:
     first: int  #: of our blocks, within the prompt
     count: int
     keys: Keys  #: of the prompt, up to the last block of the job
+    part: str  #: whose blocks these are
     held: list[int]  #: engine blocks; none once they are copied
     capturing: int  #: workers that have not copied yet
     deadline_s: float = math.inf  #: counts from when they have
@@ -78,7 +80,9 @@ class Saving:
             saved, self._saved = self._saved, 0
         return saved
 
-    def begin(self, orders: Orders, keys: Keys, first: int, ids: tuple[BlockIds, ...]) -> None:
+    def begin(
+        self, orders: Orders, part: Part, keys: Keys, first: int, ids: tuple[BlockIds, ...]
+    ) -> None:
         """Save the last ``len(keys) - first`` blocks of a chain, unless it is not the time for that."""
         count = len(keys) - first
         if len(self._jobs) >= JOBS_MAX or not self._link.can_save:
@@ -86,8 +90,8 @@ class Saving:
         number = next(self._numbers)
         held = np.unique(np.concatenate([group.reshape(-1) for group in ids])).tolist()
         self._hold(held)
-        self._jobs[number] = _Job(number, first, count, keys, held, self._writers)
-        orders.captures.append(Capture(number, ids))
+        self._jobs[number] = _Job(number, first, count, keys, part.name, held, self._writers)
+        orders.captures.append(Capture(number, part.groups, ids))
 
     def advance(self, orders: Orders) -> None:
         """Send the plans that came, and give up what takes too long."""
@@ -146,7 +150,7 @@ class Saving:
         job.deadline_s = time.monotonic() + self._link.settings.save_timeout_s
         number = job.number
         if number not in self._uncaptured:
-            self._link.start_write(job.keys, lambda session: self._opened.append((number, session)))
+            self._link.start_write(job.keys, job.part, lambda session: self._opened.append((number, session)))
 
     def _let_go(self, job: _Job) -> None:
         if job.held:

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from kvcm_ray.client.backend import no_blocks
 from kvcm_ray.client.transfer import Blocks
+from kvcm_ray.connectors.vllm import windows
 from kvcm_ray.connectors.vllm.layout import Layout
 from kvcm_ray.connectors.vllm.link import Link
-from kvcm_ray.connectors.vllm.orders import Load, Orders, Report
+from kvcm_ray.connectors.vllm.orders import Load, LoadPart, Orders, Report
 from kvcm_ray.connectors.vllm.saving import Hold, Saving
+from kvcm_ray.connectors.vllm.windows import Found, nothing
 from kvcm_ray.core.requests import Keys
 
 #: Generated blocks are saved by so many, or at the end: a session for each would be many calls.
@@ -33,7 +34,7 @@ class _Lookup:
     """By URL: one that a thread makes."""
 
     deadline_s: float
-    found: Blocks | None = None
+    found: Found | None = None
 
 
 @dataclass(slots=True)
@@ -41,11 +42,18 @@ class _Request:
     request: Any
     keys: Keys = field(default_factory=lambda: np.zeros(0, np.int64))
     computed: int = 0  #: tokens that the engine had itself at the look-up
-    found: Blocks | None = None
+    found: Found | None = None
     lookup: _Lookup | None = None
     saved: int = 0  #: leading blocks that are in the cache, or on their way, as far as we know
+    parting: int = 0  #: blocks behind which others went on, and no window is kept
+    window_end: int = 0  #: the last end behind which it is
+    windows_seen: int = 0  #: blocks up to which ends were looked for
     may_load: bool = True
     may_save: bool = True
+
+    def forget(self) -> None:
+        """Nothing is known of what is in the cache."""
+        self.saved = self.parting = self.window_end = self.windows_seen = 0
 
 
 @dataclass(slots=True)
@@ -81,6 +89,7 @@ class SchedulerSide:
         # With several groups an engine hears of failed loads only if they are made between steps; and
         # with several workers, one would compute upon what another one failed to load.
         self._between_steps = link.settings.async_load or len(layout.groups) > 1 or workers > 1
+        self._window = link.parts[1] if len(link.parts) > 1 else None
         self._failed_steps = 0  #: that the worker told of
         self._next = Orders()  #: what the next step's will begin with
         self.counts = Counts()
@@ -101,13 +110,16 @@ class SchedulerSide:
             return 0, False
         begin = time.perf_counter()
         self._extend(mine)
-        found = self._find(mine)
+        found = self._find(mine, self._most(request.num_tokens))
         self.counts.lookup_seconds.append(time.perf_counter() - begin)
         if found is None:
             return None, False
         mine.found, mine.computed = found, computed
-        mine.saved = max(mine.saved, len(found))
-        loadable = self._loadable(len(found), request.num_tokens)
+        mine.saved = max(mine.saved, len(found.blocks))
+        mine.parting = len(found.blocks)
+        mine.window_end = max(mine.window_end, found.usable)
+        mine.windows_seen = max(mine.windows_seen, found.usable)
+        loadable = min(found.usable, self._most(request.num_tokens))
         ahead = loadable * self._layout.block_tokens - computed
         if ahead < self._settings.min_load_blocks * self._layout.block_tokens:
             return 0, False
@@ -115,28 +127,28 @@ class SchedulerSide:
             return 0, False
         return ahead, self._between_steps
 
-    def _loadable(self, found: int, tokens: int) -> int:
+    def _most(self, tokens: int) -> int:
         """A token must be left to compute; an engine sees to it itself if there is one simple group."""
         if self._between_steps and len(self._layout.groups) == 1:
-            return found
-        return min(found, (tokens - 1) // self._layout.block_tokens)
+            return tokens // self._layout.block_tokens
+        return (tokens - 1) // self._layout.block_tokens
 
-    def _find(self, mine: _Request) -> Blocks | None:
+    def _find(self, mine: _Request, most: int) -> Found | None:
         if not self._settings.kvcm_url:
             self.counts.lookups += 1
-            found = self._link.match(mine.keys)
+            found = self._link.match(mine.keys, most)
         elif mine.lookup is None:
             lookup = mine.lookup = _Lookup(time.monotonic() + self._settings.lookup_timeout_s)
             self.counts.lookups += 1
-            self._link.match_soon(mine.keys, lambda blocks: setattr(lookup, "found", blocks))
+            self._link.match_soon(mine.keys, most, lambda found: setattr(lookup, "found", found))
             return None
         elif mine.lookup.found is None and time.monotonic() < mine.lookup.deadline_s:
             return None
         else:
-            found = no_blocks() if mine.lookup.found is None else mine.lookup.found
+            found = nothing() if mine.lookup.found is None else mine.lookup.found
             mine.lookup = None
         self.counts.asked_blocks += len(mine.keys)
-        self.counts.found_blocks += len(found)
+        self.counts.found_blocks += found.usable
         return found
 
     def _known(self, request: Any) -> _Request:
@@ -151,7 +163,8 @@ class SchedulerSide:
         last = max(0, len(mine.keys) - 1)
         now = self._layout.keys(mine.request.block_hashes, last)
         if len(mine.keys) and (not len(now) or now[0] != mine.keys[-1]):
-            mine.keys, mine.saved = self._layout.keys(mine.request.block_hashes), 0
+            mine.keys = self._layout.keys(mine.request.block_hashes)
+            mine.forget()
         elif len(now) > len(mine.keys) - last:
             mine.keys = np.concatenate([mine.keys[:last], now])
 
@@ -164,9 +177,20 @@ class SchedulerSide:
             return
         first = mine.computed // self._layout.block_tokens
         last = (mine.computed + external_tokens) // self._layout.block_tokens
-        ids = self._layout.ids(tables, first, last, after=mine.computed, null=self._null)
-        blocks = mine.found.take(slice(first, last))
-        self._next.loads.append(Load(request.request_id, blocks, ids, in_step=not self._between_steps))
+        blocks, window = mine.found.blocks.take(slice(first, last)), mine.found.window
+        parts = [self._part(mine, 0, blocks, first, tables)]
+        if window is not None:
+            begin = max(first, last - len(window))
+            blocks = window.take(slice(len(window) - (last - begin), len(window)))
+            parts.append(self._part(mine, 1, blocks, begin, tables))
+        self._next.loads.append(Load(request.request_id, tuple(parts), in_step=not self._between_steps))
+
+    def _part(self, mine: _Request, number: int, blocks: Blocks, first: int, tables: Any) -> LoadPart:
+        groups = self._link.parts[number].groups
+        ids = self._layout.ids(
+            tables, first, first + len(blocks), after=mine.computed, null=self._null, groups=groups
+        )
+        return LoadPart(blocks, groups, ids)
 
     def tiers(self, request: Any, external_tokens: int) -> dict[bool, int]:
         """Of the tokens to be loaded, how many are in shared memory (True) and elsewhere (False)."""
@@ -175,7 +199,7 @@ class SchedulerSide:
             return {}
         tokens = self._layout.block_tokens
         first = mine.computed // tokens
-        blocks = mine.found.take(slice(first, (mine.computed + external_tokens) // tokens))
+        blocks = mine.found.blocks.take(slice(first, (mine.computed + external_tokens) // tokens))
         memory = [
             number
             for number, segment in blocks.segments.items()
@@ -206,7 +230,8 @@ class SchedulerSide:
         request = mine.request
         computed = min(request.num_computed_tokens + tokens, request.num_tokens)
         done = computed // self._layout.block_tokens
-        if done <= mine.saved or not self._wanted(request, computed, done - mine.saved):
+        begun = mine.saved if self._window is None else min(mine.saved, mine.windows_seen)
+        if done <= begun or not self._wanted(request, computed, done - begun):
             return
         tables = tables_of(request.request_id)
         if tables is not None:
@@ -220,10 +245,14 @@ class SchedulerSide:
     def _save(self, mine: _Request, done: int, tables: Any, orders: Orders) -> None:
         """Begin to save what is computed of the first `done` blocks and not saved yet."""
         self._extend(mine)
-        first, mine.saved = mine.saved, max(mine.saved, min(done, len(mine.keys)))
+        done = min(done, len(mine.keys))
+        if self._window is not None:
+            self._save_windows(mine, self._window, done, tables, orders)
+        first, mine.saved = mine.saved, max(mine.saved, done)
         if mine.saved == first or not mine.may_save:
             return
-        ids = self._layout.ids(tables, first, mine.saved, null=self._null)
+        part = self._link.parts[0]
+        ids = self._layout.ids(tables, first, mine.saved, null=self._null, groups=part.groups)
         whole = np.logical_and.reduce([(group >= 0).all(axis=1) for group in ids])
         if not whole.all():
             # The engine let go of a block in some group; nothing behind the gap would be found.
@@ -232,7 +261,28 @@ class SchedulerSide:
             ids = tuple(group[:count] for group in ids)
             mine.saved = first + count
         if mine.saved > first:
-            self._saving.begin(orders, mine.keys[: mine.saved], first, ids)
+            self._saving.begin(orders, part, mine.keys[: mine.saved], first, ids)
+
+    def _save_windows(
+        self, mine: _Request, part: windows.Part, done: int, tables: Any, orders: Orders
+    ) -> None:
+        """The same for the windows before the ends that were reached."""
+        seen, mine.windows_seen = mine.windows_seen, max(mine.windows_seen, done)
+        prompt = mine.request.num_prompt_tokens // self._layout.block_tokens
+        ends = {mine.parting, prompt, *windows.checkpoints(seen, done, part.window)}
+        if done > prompt:
+            ends.add(done)
+        ends = {end for end in ends if seen < end <= done}
+        index = windows.runs_to_keep(ends, part.window, mine.window_end)
+        if not len(index):
+            return
+        mine.window_end = max(ends)
+        ids = self._layout.ids(tables, 0, done, null=self._null, groups=part.groups)
+        there = np.logical_and.reduce([(group[index] >= 0).all(axis=1) for group in ids])
+        index = index[there]  # the engine let go of the others
+        if len(index):
+            keys = windows.window_keys(mine.keys[index])
+            self._saving.begin(orders, part, keys, 0, tuple(group[index] for group in ids))
 
     def heard(self, report: Report) -> None:
         """What the workers did; all of them together."""
@@ -243,7 +293,7 @@ class SchedulerSide:
             mine = self._requests.get(request_id)
             if mine is not None:  # the engine computes now; it must not be offered the same again
                 mine.may_load = False
-                mine.saved = 0
+                mine.forget()
         if report.lost:
             self._link.forget(np.array(report.lost, np.int64))
 

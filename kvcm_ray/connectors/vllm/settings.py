@@ -22,7 +22,7 @@ class Settings:
     load: bool = True
     save: bool = True
     save_decode: bool = True  #: also what was generated, for the next turn of a conversation
-    async_load: bool = True  #: load between steps; False: before the step that needs the blocks
+    async_load: bool = True  #: load between steps; False: within the step, layer by layer
     min_load_blocks: int = 1  #: fewer are computed, not loaded
     load_timeout_s: float = 5.0  #: what is not loaded by then is computed
     save_timeout_s: float = 15.0  #: what is not saved by then is not saved

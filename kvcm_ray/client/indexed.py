@@ -1,8 +1,7 @@
-"""The client's metadata without HTTP: the index is read in this process, writes are actor calls.
+"""The client's metadata on a manager's node: the index is read in this process, changes go elsewhere.
 
-Needs the manager's data directory on this node, and Ray for anything but reads: a look-up costs no
-RPC and goes on while the manager is down. A process stays in the Ray it has joined; if a manager is
-started again on the data directory, changes go to the new one by HTTP.
+Needs the manager's data directory on this node. A look-up costs no call, and goes on while the manager
+is down. Who was found what is reported in the background.
 """
 
 from __future__ import annotations
@@ -11,17 +10,12 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from kvcm_ray.actors.handles import GroupHandle, RegistryHandle
-from kvcm_ray.actors.join import joined_manager, manager_facts
 from kvcm_ray.actors.registry_store import Contents
 from kvcm_ray.actors.view import RegistryView
-from kvcm_ray.client.backend import NO_SEGMENT, NewBlocks, new_id
-from kvcm_ray.client.http import HttpBackend
+from kvcm_ray.client.backend import NO_SEGMENT, Channel, NewBlocks
 from kvcm_ray.client.places import differ, fill
 from kvcm_ray.client.results import Lookup, WritePlan
 from kvcm_ray.client.touches import TouchCollector
@@ -30,24 +24,18 @@ from kvcm_ray.core.mask import BlockMask
 from kvcm_ray.core.model import InstanceInfo, Segment
 from kvcm_ray.core.requests import (
     BlockLocations,
-    FinishWrite,
     Flags,
     Keys,
-    LeaseBlocks,
     Leased,
     PinBlocks,
     Pinned,
-    RemoveBlocks,
     Removed,
-    Request,
-    StartWrite,
     Touch,
     TrimInstance,
     UnpinBlocks,
     WriteFinished,
-    WriteStarted,
 )
-from kvcm_ray.errors import InstanceNotFound, NotFound, Unavailable
+from kvcm_ray.errors import InstanceNotFound, NotFound
 from kvcm_ray.index import IndexReader
 
 TOUCH_TIMEOUT_S = 2.0
@@ -100,29 +88,32 @@ def _on_enabled(blocks: Blocks) -> Flags:
     return ~np.isin(blocks.locations.segment, disabled)
 
 
-def _running_manager(data_dir: Path) -> tuple[str, str]:
-    """Id and URL of the manager of a data directory; "" if none is ready there."""
-    try:
-        facts = manager_facts(data_dir)
-    except Unavailable:
-        return "", ""
-    return facts.get("manager_id", ""), facts.get("url", "")
+def _is_registered(known: InstanceInfo, info: InstanceInfo) -> bool:
+    """Whether registering `info` would change nothing."""
+    return (
+        known.same_shape(info)
+        and known.model_deployment == info.model_deployment
+        and info.model_version in ("", known.model_version)
+        and info.supersedes in ("", known.supersedes)
+    )
 
 
-class DirectBackend:
-    """`Backend` on actor handles and index readers; see `kvcm_ray.client.backend`."""
+class IndexBackend:
+    """`Backend` on index readers and a channel; see `kvcm_ray.client.backend`.
 
-    def __init__(self, view: RegistryView, *, blocking: bool) -> None:
+    Args:
+        view: of the manager's data directory; closed with this.
+        changes: how the manager is told; closed with this.
+        blocking: as that of `changes`.
+    """
+
+    def __init__(self, view: RegistryView, changes: Channel, *, blocking: bool) -> None:
         self.blocking = blocking
         self.view = view
-        self._registry = RegistryHandle()
-        self._groups: dict[str, GroupHandle] = {}
+        self._changes = changes
         self._indexes: dict[str, _Index] = {}  #: by registration uid
         self._lock = threading.Lock()
         self._touches = TouchCollector(self._send_touches)
-        self._manager = joined_manager(view.data_dir) or _running_manager(view.data_dir)[0]
-        self._successor: HttpBackend | None = None
-        self._look_at = 0.0
         self._judged: Contents | None = None
         self._disabled = False
 
@@ -132,8 +123,7 @@ class DirectBackend:
 
     async def close(self) -> None:
         self._touches.close()
-        if self._successor is not None:
-            await self._successor.close()
+        await self._changes.close()
         with self._lock:
             indexes, self._indexes = list(self._indexes.values()), {}
         for index in indexes:
@@ -143,14 +133,12 @@ class DirectBackend:
     # ------------------------------------------------------------------------------- instances
 
     async def register(self, info: InstanceInfo, timeout_s: float) -> InstanceInfo:
-        stored: InstanceInfo
-        if (http := self._by_http()) is not None:
-            stored = await http.register(info, timeout_s)
-        elif self.blocking:
-            stored = self._registry.call_sync("register_instance", info, timeout_s=timeout_s)
-        else:
-            stored = await self._registry.call("register_instance", info, timeout_s=timeout_s)
-        return stored
+        """As registered; costs no call if it is so already."""
+        known = self.view.instances().get(info.instance_id)
+        if known is not None and _is_registered(known, info):
+            return known
+        stored = await self._changes.register(info, timeout_s)
+        return self.view.instances().get(info.instance_id, stored)
 
     async def instance(self, instance_id: str, timeout_s: float) -> InstanceInfo:
         return self.view.instance(instance_id)
@@ -225,56 +213,27 @@ class DirectBackend:
         moved = Blocks(blocks.keys, places, index.segments_of(places), blocks.storages)
         return moved, _on_enabled(moved)
 
-    async def lease(self, info: InstanceInfo, keys: Keys, lease_s: float, timeout_s: float) -> Leased:
-        if (http := self._by_http()) is not None:
-            return await http.lease(info, keys, lease_s, timeout_s)
-        request = LeaseBlocks(info.instance_id, keys, max(1, int(lease_s * 1000)))
-        leased: Leased = await self._call(info, request, timeout_s)
-        return leased
+    # --------------------------------------------------------------------------------- changes
 
-    # ---------------------------------------------------------------------------------- writes
+    async def lease(self, info: InstanceInfo, keys: Keys, lease_s: float, timeout_s: float) -> Leased:
+        return await self._changes.lease(info, keys, lease_s, timeout_s)
 
     async def start_write(self, info: InstanceInfo, new: NewBlocks, timeout_s: float) -> WritePlan:
-        if (http := self._by_http()) is not None:
-            return await http.start_write(info, new, timeout_s)
-        begin_s = time.monotonic()
-        lease_ms = max(1, int(new.lease_s * 1000))
-        request = StartWrite(
-            new_id(), info.instance_id, new.keys, new_id(), lease_ms, new.spec_groups, new.partial_tail
-        )
-        reply: WriteStarted = await self._call(info, request, timeout_s)
-        blocks = Blocks(new.keys[~reply.exists], reply.locations, reply.segments, self.view.storages())
-        deadline_s = begin_s + reply.lease_ms / 1000  # before the manager's own, by the call's time
-        return WritePlan(reply.session_id, reply.exists, blocks, deadline_s)
+        return await self._changes.start_write(info, new, timeout_s)
 
     async def finish_write(
         self, info: InstanceInfo, session_id: str, success: BlockMask, timeout_s: float
     ) -> WriteFinished:
-        if (http := self._by_http()) is not None:
-            return await http.finish_write(info, session_id, success, timeout_s)
-        event_id = f"finish-{session_id}"  # calling again must not be another event
-        request = FinishWrite(event_id, info.instance_id, session_id, success)
-        finished: WriteFinished = await self._call(info, request, timeout_s)
-        return finished
+        return await self._changes.finish_write(info, session_id, success, timeout_s)
 
     async def remove(self, info: InstanceInfo, keys: Keys, timeout_s: float) -> Removed:
-        if (http := self._by_http()) is not None:
-            return await http.remove(info, keys, timeout_s)
-        request = RemoveBlocks(new_id(), info.instance_id, keys)
-        removed: Removed = await self._call(info, request, timeout_s)
-        return removed
+        return await self._changes.remove(info, keys, timeout_s)
 
     async def trim(self, info: InstanceInfo, what: TrimInstance, timeout_s: float) -> Removed:
-        if (http := self._by_http()) is not None:
-            return await http.trim(info, what, timeout_s)
-        removed: Removed = await self._call(info, what, timeout_s)
-        return removed
+        return await self._changes.trim(info, what, timeout_s)
 
     async def pin(self, info: InstanceInfo, what: PinBlocks | UnpinBlocks, timeout_s: float) -> Pinned:
-        if (http := self._by_http()) is not None:
-            return await http.pin(info, what, timeout_s)
-        pinned: Pinned = await self._call(info, what, timeout_s)
-        return pinned
+        return await self._changes.pin(info, what, timeout_s)
 
     async def flush_touches(self) -> None:
         if self.blocking:
@@ -283,30 +242,6 @@ class DirectBackend:
             await asyncio.to_thread(self._touches.flush)
 
     # ------------------------------------------------------------------------------- internals
-
-    def _by_http(self) -> HttpBackend | None:
-        """The manager that runs there now, if it is another than the one whose Ray we are in."""
-        now = time.monotonic()
-        if now >= self._look_at:
-            self._look_at = now + REFRESH_S
-            manager, url = _running_manager(self.view.data_dir)
-            if manager and url and manager != self._manager:
-                self._manager = manager
-                self._successor = HttpBackend(url, blocking=self.blocking)
-        return self._successor
-
-    async def _call(self, info: InstanceInfo, request: Request, timeout_s: float) -> Any:
-        handle = self._group(info.instance_group_name)
-        if self.blocking:
-            return handle.call_sync(request, timeout_s)
-        return await handle.call(request, timeout_s)
-
-    def _group(self, name: str) -> GroupHandle:
-        handle = self._groups.get(name)
-        if handle is None:
-            with self._lock:
-                handle = self._groups.setdefault(name, GroupHandle(name))
-        return handle
 
     def _index(self, info: InstanceInfo, contents: Contents) -> _Index | None:
         """The index of the instance as it is registered now; None while it has none yet.
@@ -343,10 +278,8 @@ class DirectBackend:
         ))
 
     def _touch(self, info: InstanceInfo, touch: Touch) -> None:
-        if touch.lookups and self._successor is None:
+        if touch.lookups:
             self._touches.add(info.instance_group_name, touch)
 
     def _send_touches(self, group: str, touches: Sequence[Touch]) -> None:
-        handle = self._group(group)
-        for future in [handle.start(touch, TOUCH_TIMEOUT_S) for touch in touches]:
-            handle.wait(future, TOUCH_TIMEOUT_S)
+        self._changes.tell(group, touches, TOUCH_TIMEOUT_S)
