@@ -13,7 +13,7 @@ DATA   ?= ./kvcm-data
 PORT   ?= 6382
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo test lint test-crash test-heavy setup-engines test-engines test-sglang bench clean
+.PHONY: help setup up demo test lint test-crash test-heavy setup-engines setup-sglang test-engines test-sglang bench docs clean
 
 help:
 	@echo "make up          set up, then serve in the foreground (DATA=$(DATA) PORT=$(PORT); Ctrl-C stops)"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-crash  kill -9 suites, minutes long"
 	@echo "make test-engines  real engines on the CPU, in an environment of their own (4 GB)"
 	@echo "make test-sglang   the storage backend of SGLang, in an environment of its own"
+	@echo "make docs        build the documentation site into site/"
 	@echo "make bench       print the figures of docs/performance.md (an hour)"
 
 setup: $(READY)
@@ -48,6 +49,10 @@ lint: $(READY)
 test: lint
 	$(VENV)/bin/python -m pytest -q
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 test-crash: $(READY)
 	$(VENV)/bin/python -m pytest -q -m crash
 
@@ -65,10 +70,13 @@ $(ENGINES_READY): pyproject.toml
 	$(ENGINES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[engines]'
 	touch $(ENGINES_READY)
 
+# An engine takes ten seconds to start on a quiet machine, and minutes on a busy one.
 test-engines: $(ENGINES_READY)
-	OMP_NUM_THREADS=1 $(ENGINES_VENV)/bin/python -m pytest -q tests/engines
+	OMP_NUM_THREADS=1 $(ENGINES_VENV)/bin/python -m pytest -q --timeout 900 --durations 10 tests/engines
 
 # SGLang's own dependencies are CUDA builds; without them its storage interface and host pools run.
+setup-sglang: $(SGLANG_READY)
+
 $(SGLANG_READY): pyproject.toml
 	test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
 	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.19.0
@@ -92,4 +100,4 @@ bench: $(READY)
 	$(KVCM) bench optimizer
 
 clean:
-	rm -rf $(VENV) $(ENGINES_VENV) $(SGLANG_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES_VENV) $(SGLANG_VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

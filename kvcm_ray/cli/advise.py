@@ -45,6 +45,10 @@ def advise(group: str, factors: list[float], target: Target, as_json: bool) -> N
 
     An estimate that the group keeps up while it runs; recent traffic counts most. It is of LRU, and begins
     anew when the group's actor restarts.
+
+    \b
+    Example:
+      kvcm advise chat --factor 0.5,1,2
     """
     with open_api(target) as api:
         advice = dict(api.call("getAdvice", instance_group=group, factors=factors)["advice"])

@@ -29,7 +29,13 @@ _HEADINGS = (
 @target_options
 @json_option
 def capacity(group: str | None, target: Target, as_json: bool) -> None:
-    """Show what holds the quota of a group, or of all groups, tier by tier."""
+    """Show what holds the quota of a group, or of all groups, tier by tier.
+
+    \b
+    Examples:
+      kvcm capacity
+      kvcm capacity chat --json
+    """
     with open_api(target) as api:
         found = [report(api, group)] if group else reports(api)
     texts = ["\n".join(_report_lines(each)) for each in found]
@@ -170,7 +176,12 @@ def pin_add(
 @target_options
 @json_option
 def pin_remove(instance: str, name: str, target: Target, as_json: bool) -> None:
-    """Remove a pin; its blocks stay until they are evicted like others."""
+    """Remove a pin; its blocks stay until they are evicted like others.
+
+    \b
+    Example:
+      kvcm pin remove llama system-prompt
+    """
     with open_api(target) as api:
         api.call("unpinCache", instance_id=instance, name=name)
     done(f"pin {name} removed", as_json, name=name)
@@ -181,7 +192,12 @@ def pin_remove(instance: str, name: str, target: Target, as_json: bool) -> None:
 @target_options
 @json_option
 def pin_list(instance: str, target: Target, as_json: bool) -> None:
-    """List the pins of all groups."""
+    """List the pins of all groups.
+
+    \b
+    Example:
+      kvcm pin list --instance llama
+    """
     with open_api(target) as api:
         found = [pin for each in reports(api) for pin in each["pins"]]
     pins = [pin for pin in found if instance in ("", pin["instance_id"])]

@@ -13,14 +13,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
-from kvcm_ray.cli.output import EXIT_FAILED, EXIT_OK, coloured, human_bytes, note
-from kvcm_ray.cli.replay import report_lines
+from kvcm_ray.cli.chaos import Chaos
+from kvcm_ray.cli.output import EXIT_FAILED, EXIT_OK, EXIT_PROBLEMS, coloured, human_bytes, note
+from kvcm_ray.cli.replay import PATIENCE_S, report_lines
 
 BLOCK_BYTES = 4096
 #: All 182 790 different blocks of the trace, of 4 KiB, with room to spare.
@@ -38,20 +40,27 @@ class Step(Exception):
 @click.option("--seconds", type=click.FloatRange(min=1), default=60, show_default=True)
 @click.option("--trace", default="conversation", show_default=True)
 @click.option("--keep", is_flag=True, help="Leave the data directory behind.")
-def demo(seconds: float, trace: str, keep: bool) -> int:
-    """Start a manager, replay an hour of real chat, verify every byte, check, stop."""
+@click.option("--chaos", is_flag=True, help="Kill a process of the manager every few seconds, with -9.")
+def demo(seconds: float, trace: str, keep: bool, chaos: bool) -> int:
+    """Start a manager, replay an hour of real chat, verify every byte, check, stop.
+
+    \b
+    Examples:
+      kvcm demo --seconds 20
+      kvcm demo --chaos          # writes that were acknowledged survive, bytes are never wrong
+    """
     directory = Path(tempfile.mkdtemp(prefix="kvcm-demo-"))
     data_dir = directory / "data"
     verdict = ""
     try:
         up = _kvcm("up", "--detach", "--port", "0", *_tiers(), at=data_dir)
         note(f"  serving on {up['url']} after {up['ready_s']:.1f} s")
-        report = _replay(trace, seconds, data_dir)
-        status = _kvcm("status", at=data_dir)
-        _show_status(status)
+        with Chaos(up["manager_id"], note) if chaos else nullcontext() as killer:
+            report = _replay(trace, seconds, data_dir, chaos=chaos)
+        _show_status(_status(data_dir, PATIENCE_S if chaos else 0))
         fsck = _kvcm("fsck", "--deep", at=data_dir)
         note(f"  {fsck['blocks']} blocks checked, nothing lost, nothing left over")
-        verdict = _verdict(report, fsck)
+        verdict = _verdict(report, fsck, killer)
     except Step as error:
         verdict = str(error)
     finally:
@@ -65,17 +74,34 @@ def demo(seconds: float, trace: str, keep: bool) -> int:
     return EXIT_OK
 
 
-def _replay(trace: str, seconds: float, data_dir: Path) -> dict[str, Any]:
-    arguments = ["replay", trace, "--block-bytes", str(BLOCK_BYTES), "--seconds", f"{seconds:g}"]
-    report = _kvcm(*arguments, "--wrap", at=data_dir, timeout_s=seconds + SLACK_S)
+def _replay(trace: str, seconds: float, data_dir: Path, *, chaos: bool) -> dict[str, Any]:
+    """With chaos writes may be refused, and look-ups miss, while the process that they need is dead; what
+    is lost is told by the verdict."""
+    arguments = ["replay", trace, "--block-bytes", str(BLOCK_BYTES), "--seconds", f"{seconds:g}", "--wrap"]
+    codes = {EXIT_OK}
+    if chaos:
+        arguments.append("--recheck")
+        codes |= {EXIT_FAILED, EXIT_PROBLEMS}
+    report = _kvcm(*arguments, at=data_dir, timeout_s=seconds + SLACK_S, codes=codes)
+    if "requests" not in report:
+        raise Step(f"kvcm replay: {report['error']['message']}")
     for line in report_lines(report):
         note(f"  {line}")
     return report
 
 
-def _verdict(report: dict[str, Any], fsck: dict[str, Any]) -> str:
+def _verdict(report: dict[str, Any], fsck: dict[str, Any], killer: Chaos | None) -> str:
     """Why the demo failed; "" if it did not."""
-    wrong = {name: report[name] for name in ("wrong_bytes", "unreadable_blocks", "refused_blocks")} | {
+    counted = ["wrong_bytes", "unreadable_blocks"]
+    if killer is None:
+        counted.append("refused_blocks")
+    else:
+        counted.append("lost_blocks")  # nothing is evicted: what was acknowledged must all be there
+        kills = ", ".join(f"{count} x {kind}" for kind, count in sorted(killer.kills.items()))
+        note(f"  killed: {kills or 'nothing'}; acknowledged and lost: {report['lost_blocks']}")
+        if not killer.kills:
+            return "nothing was killed"
+    wrong = {name: report[name] for name in counted} | {
         name: fsck[name] for name in ("orphan_bytes", "dangling_locations", "corrupt_records")
     }
     found = [f"{name} is {value}" for name, value in wrong.items() if value]
@@ -92,8 +118,14 @@ def _stop(data_dir: Path, keep: bool) -> str:
     return ""
 
 
-def _kvcm(*arguments: str, at: Path, timeout_s: float = UP_TIMEOUT_S) -> dict[str, Any]:
-    """Run a command as a user would; its JSON. Its progress and errors go to standard error."""
+def _kvcm(
+    *arguments: str, at: Path, timeout_s: float = UP_TIMEOUT_S, codes: Collection[int] = (EXIT_OK,)
+) -> dict[str, Any]:
+    """Run a command as a user would; its JSON. Its progress and errors go to standard error.
+
+    Raises:
+        Step: it ended with a code that is not in `codes`, or not in time.
+    """
     shown = ["kvcm", *arguments, "--data-dir", str(at)]
     note(coloured(f"$ {' '.join(shown)}", bold=True))
     command = [sys.executable, "-m", "kvcm_ray.cli", *shown[1:], "--json"]
@@ -105,7 +137,7 @@ def _kvcm(*arguments: str, at: Path, timeout_s: float = UP_TIMEOUT_S) -> dict[st
         )
     except subprocess.TimeoutExpired:
         raise Step(f"{' '.join(shown)} took longer than {timeout_s:.0f} s") from None
-    if done.returncode != EXIT_OK:
+    if done.returncode not in codes:
         raise Step(_why(shown, done.returncode, done.stdout))
     answer = json.loads(done.stdout or b"{}")
     return {"wall_s": time.monotonic() - begin_s, **answer}
@@ -124,6 +156,20 @@ def _why(command: Sequence[str], code: int, output: bytes) -> str:
         if answer.get(name)
     )
     return f"{' '.join(command[:2])} ended with {code}: {told or counted or 'see above'}"
+
+
+def _status(data_dir: Path, patience_s: float) -> dict[str, Any]:
+    """Asked again for so long: what was killed last may be starting still. Raises Step."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            status = _kvcm("status", at=data_dir)
+            if all(group["available"] for group in status["groups"]) or time.monotonic() >= deadline:
+                return status
+        except Step:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(1)
 
 
 def _show_status(status: dict[str, Any]) -> None:

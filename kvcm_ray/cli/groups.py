@@ -22,32 +22,10 @@ from kvcm_ray.cli.output import (
 )
 from kvcm_ray.cli.target import Api, Target, open_api, target_options
 from kvcm_ray.cli.values import FRACTION, SECONDS
-from kvcm_ray.core.model import CachePreferStrategy, ReclaimPolicy, StorageType
+from kvcm_ray.config.group_form import POLICIES, STRATEGIES, fill, new_group
 from kvcm_ray.errors import GroupNotFound, InvalidArgument
 
 Json = dict[str, Any]
-
-STRATEGIES = {
-    "order": CachePreferStrategy.CPS_PREFER_3FS,  # no strategy of the protocol names files
-    "memory": CachePreferStrategy.CPS_PREFER_TAIR_MEMPOOL,
-    "memory-only": CachePreferStrategy.CPS_ALWAYS_TAIR_MEMPOOL,
-    "3fs-only": CachePreferStrategy.CPS_ALWAYS_3FS,
-}
-POLICIES = {
-    "lru": ReclaimPolicy.POLICY_LRU,
-    "lfu": ReclaimPolicy.POLICY_LFU,
-    "ttl": ReclaimPolicy.POLICY_TTL,
-    "adaptive": ReclaimPolicy.POLICY_ADAPTIVE,
-}
-#: Option of the command -> field of ``reclaim_strategy``.
-RECLAIM_FIELDS = {
-    "low_water": "low_water_percentage",
-    "ttl": "ttl_seconds",
-    "period": "trigger_period_seconds",
-    "step": "reclaim_step_size",
-    "step_percent": "reclaim_step_percentage",
-    "delete_delay_ms": "delay_before_delete_ms",
-}
 
 
 @click.group()
@@ -66,7 +44,12 @@ def find_group(api: Api, name: str) -> Json:
 @target_options
 @json_option
 def group_list(target: Target, as_json: bool) -> None:
-    """List the groups."""
+    """List the groups.
+
+    \b
+    Example:
+      kvcm group list
+    """
     with open_api(target) as api:
         groups = api.call("listInstanceGroup")["instance_group"]
     rows = [_row(found) for found in groups]
@@ -100,7 +83,12 @@ def _marks(strategy: Json) -> str:
 @target_options
 @json_option
 def group_show(name: str, target: Target, as_json: bool) -> None:
-    """Show one group in full."""
+    """Show one group in full.
+
+    \b
+    Example:
+      kvcm group show chat --json
+    """
     with open_api(target) as api:
         found = find_group(api, name)
     emit(found, as_json, outline(found))
@@ -194,22 +182,8 @@ def group_create(name: str, target: Target, as_json: bool, **options: Any) -> No
     """Make a group, e.g. kvcm group create chat --quota 8GiB --storage shm0 --storage disk0"""
     if not options["quota"] or not options["storages"]:
         raise click.UsageError("a new group needs --quota and at least one --storage")
-    body: Json = {
-        "name": name,
-        "storage_candidates": [],
-        "global_quota_group_name": name,
-        "quota": {"capacity": 0, "quota_config": []},
-        "cache_config": {
-            "data_storage_strategy": STRATEGIES["order"].name,
-            "reclaim_strategy": {"storage_unique_name": options["storages"][0]},
-            "meta_indexer_config": {
-                "meta_storage_backend_config": {"storage_type": "local"},
-                "meta_cache_policy_config": {"type": "lru"},
-            },
-        },
-        "version": 1,
-    }
-    _apply(body, options)
+    body = new_group(name, options["storages"][0])
+    fill(body, options)
     with open_api(target) as api:
         api.call("createInstanceGroup", instance_group=body)
     done(f"group {name} created", as_json, name=name)
@@ -240,7 +214,7 @@ def group_update(name: str, source: TextIO | None, target: Target, as_json: bool
     with open_api(target) as api:
         found = find_group(api, name)
         version = int(found["version"])
-        _apply(found, options)
+        fill(found, options)
         found["version"] = version + 1
         api.call("updateInstanceGroup", instance_group=found, current_version=version)
     done(f"group {name} updated to version {version + 1}", as_json, name=name, version=version + 1)
@@ -253,46 +227,15 @@ def group_update(name: str, source: TextIO | None, target: Target, as_json: bool
 @target_options
 @json_option
 def group_remove(name: str, force: bool, yes: bool, target: Target, as_json: bool) -> None:
-    """Remove a group; with --force also its instances and all their blocks."""
+    """Remove a group; with --force also its instances and all their blocks.
+
+    \b
+    Examples:
+      kvcm group remove chat
+      kvcm group remove chat --force --yes
+    """
     confirm(f"group {name}", yes)
     with open_api(target) as api:
         find_group(api, name)
         api.call("removeInstanceGroup", name=name, force=force)
     done(f"group {name} removed", as_json, name=name)
-
-
-def _apply(body: Json, options: Json) -> None:
-    """Write the given options into a group's JSON form."""
-    quota = body.setdefault("quota", {"capacity": 0, "quota_config": []})
-    config = body.setdefault("cache_config", {})
-    if options["quota"] is not None:
-        quota["capacity"] = options["quota"]
-    for option, kind in (
-        ("file_quota", StorageType.ST_NFS),
-        ("memory_quota", StorageType.ST_TAIRMEMPOOL),
-    ):
-        if options[option] is not None:
-            others = [q for q in quota.get("quota_config", []) if q["storage_type"] != kind.name]
-            entry = {"storage_type": kind.name, "capacity": options[option]}
-            quota["quota_config"] = [*others, entry]
-    if options["storages"]:
-        body["storage_candidates"] = list(options["storages"])
-    if options["prefer"]:
-        config["data_storage_strategy"] = STRATEGIES[options["prefer"]].name
-    if options["max_instances"] is not None:
-        body["max_instance_count"] = options["max_instances"]
-    if options["max_keys"] is not None:
-        config.setdefault("meta_indexer_config", {})["max_key_count"] = options["max_keys"]
-    _apply_reclaim(config, options)
-
-
-def _apply_reclaim(config: Json, options: Json) -> None:
-    given = {field: options[name] for name, field in RECLAIM_FIELDS.items() if options[name] is not None}
-    if options["policy"]:
-        given["reclaim_policy"] = POLICIES[options["policy"]].name
-    if given:
-        config.setdefault("reclaim_strategy", {}).update(given)
-    for name, field in (("high_water", "used_percentage"), ("high_water_bytes", "used_size")):
-        if options[name] is not None:
-            strategy = config.setdefault("reclaim_strategy", {})
-            strategy.setdefault("trigger_strategy", {})[field] = options[name]

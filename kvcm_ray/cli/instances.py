@@ -55,7 +55,12 @@ def find_instance(api: Api, name: str) -> Json:
 @target_options
 @json_option
 def instance_list(group: str, target: Target, as_json: bool) -> None:
-    """List the instances."""
+    """List the instances.
+
+    \b
+    Example:
+      kvcm instance list --group chat
+    """
     with open_api(target) as api:
         found = list_instances(api, group)
     rows = [
@@ -92,7 +97,13 @@ def _retiring(state: Json | None) -> str:
 @target_options
 @json_option
 def instance_show(name: str, target: Target, as_json: bool) -> None:
-    """Show one instance in full."""
+    """Show one instance in full.
+
+    \b
+    Examples:
+      kvcm instance show llama --json
+      kvcm instance get llama
+    """
     with open_api(target) as api:
         found = find_instance(api, name)
     emit(found, as_json, outline(found))
@@ -122,6 +133,10 @@ def instance_create(
 
     A new version of a model, whose blocks take the place of the old one's within an hour:
     kvcm instance register m2 --supersedes m --model-version v2 --block-size 16 --spec tp0=64KiB
+
+    \b
+    Example:
+      kvcm instance create llama --group chat --block-size 16 --spec tp0=64KiB
     """
     pairs = [spec.partition("=") for spec in specs]
     if not all(spec_name and equals for spec_name, equals, _ in pairs):
@@ -159,7 +174,12 @@ instance.add_command(instance_create, "register")
 @target_options
 @json_option
 def instance_update(name: str, user_data: str, target: Target, as_json: bool) -> None:
-    """Change what may change: the user data. Another shape is another instance."""
+    """Change what may change: the user data. Another shape is another instance.
+
+    \b
+    Example:
+      kvcm instance update llama --user-data 'team a'
+    """
     with open_api(target) as api:
         found = find_instance(api, name)
         found["model_deployment"] = found.get("model_deployment", {}) | {"user_data": user_data}
@@ -174,7 +194,12 @@ def instance_update(name: str, user_data: str, target: Target, as_json: bool) ->
 @target_options
 @json_option
 def instance_rollback(name: str, target: Target, as_json: bool) -> None:
-    """End the upgrade to this instance: the one that it supersedes serves on, this one retires."""
+    """End the upgrade to this instance: the one that it supersedes serves on, this one retires.
+
+    \b
+    Example:
+      kvcm instance rollback llama-v2
+    """
     with open_api(target) as api:
         before = find_instance(api, name)["supersedes"]
         api.call("rollbackInstance", instance_id=name)
@@ -188,7 +213,12 @@ def instance_rollback(name: str, target: Target, as_json: bool) -> None:
 @target_options
 @json_option
 def instance_remove(name: str, yes: bool, target: Target, as_json: bool) -> None:
-    """Remove an instance and all its blocks."""
+    """Remove an instance and all its blocks.
+
+    \b
+    Example:
+      kvcm instance remove llama
+    """
     confirm(f"instance {name} and all its blocks", yes)
     with open_api(target) as api:
         find_instance(api, name)

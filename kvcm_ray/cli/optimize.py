@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from tqdm import tqdm
 
 from kvcm_ray.cli.capacities import Capacities, in_blocks
 from kvcm_ray.cli.money import money_of, money_options
-from kvcm_ray.cli.output import emit, json_option, note
+from kvcm_ray.cli.output import emit, json_option, progress
 from kvcm_ray.cli.values import FRACTION, SECONDS
 from kvcm_ray.core.model import safe_name
 from kvcm_ray.errors import InvalidArgument
@@ -88,15 +84,15 @@ def optimize(trace: str, as_json: bool, **options: Any) -> None:
         from kvcm_ray.optimizer.report import files
 
         files.prepare(options["out"])
-    with _progress() as progress:
-        analysis = _analysed(trace, options, progress)
+    with progress("replaying", unit="points") as bar:
+        analysis = _analysed(trace, options, bar.upto)
     found = analysis.to_dict()
     if options["out"]:
         found["files"] = [str(path) for path in _written(analysis, options)]
     emit(found, as_json, lines(analysis, found.get("files", []), options["group"]))
 
 
-def _analysed(trace: str, options: dict[str, Any], progress: Progress) -> Analysis:
+def _analysed(trace: str, options: dict[str, Any], tell: Progress) -> Analysis:
     from kvcm_ray.optimizer.analysis import analyse, block_bytes, label_of
 
     model, costs = money_of(options)
@@ -108,7 +104,7 @@ def _analysed(trace: str, options: dict[str, Any], progress: Progress) -> Analys
         source, capacities=capacities, policies=options["policies"], partial_first=options["partial_tail"],
         ttl_s=options["ttl"], rate=options["rate"], block_tokens=block_tokens, model=model, costs=costs,
         budget_usd_per_hour=options["budget"], target_hit_ratio=options["target"],
-        ray_address=options["ray_address"], progress=progress,
+        ray_address=options["ray_address"], progress=tell,
     )  # fmt: skip
     return replace(found, label=label_of(trace))
 
@@ -162,22 +158,3 @@ def lines(analysis: Analysis, files: Sequence[str], group: str | None) -> list[s
         found += ["", f"{len(files)} files in {folder}; begin with {folder / 'report.html'}"]
         found += [shlex.join(["kvcm", "group", "update", group, "--from", files[-1]])] if group else []
     return found
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar on a terminal, a line every ten seconds elsewhere; on standard error, and only if it takes
-    more than two seconds."""
-    tty = sys.stderr.isatty()
-    line_at = time.monotonic() + 10
-    with tqdm(unit="point", file=sys.stderr, delay=2, leave=False, disable=not tty) as bar:
-
-        def show(done: int, total: int) -> None:
-            nonlocal line_at
-            bar.total = total
-            bar.update(done - bar.n)
-            if not tty and time.monotonic() >= line_at:
-                line_at = time.monotonic() + 10
-                note(f"{done} of {total} points")
-
-        yield show

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import sys
+import functools
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from kvcm_ray.cli.output import (
     BYTES,
     EXIT_FAILED,
     EXIT_OK,
     EXIT_PROBLEMS,
+    Progress,
     emit,
     human_bytes,
     json_option,
     note,
+    progress,
 )
 from kvcm_ray.cli.target import Target, open_api, target_options
-from kvcm_ray.client import connect_async
+from kvcm_ray.client import AsyncClient, AsyncInstance, connect_async
 from kvcm_ray.core.model import ReclaimPolicy
-from kvcm_ray.errors import AlreadyExists, InvalidArgument
+from kvcm_ray.errors import AlreadyExists, InvalidArgument, Unavailable
 from kvcm_ray.traces import BUNDLED, TraceRequest, open_trace
 from kvcm_ray.traces.replay import CALLS, Replay, Report
 
+PATIENCE_S = 60.0  #: for a manager whose processes are starting again
 TOKENS_PER_BLOCK = 512  #: of the bundled traces; only described, nothing here depends on it
 POLICIES = {
     "lru": ReclaimPolicy.POLICY_LRU,
@@ -77,14 +78,23 @@ class Speed(click.ParamType):  # type: ignore[type-arg]
 )  # fmt: skip
 @click.option("--wrap", is_flag=True, help="Begin again at the end, until --seconds are over.")
 @click.option("--seconds", type=click.FloatRange(min=0.1), help="Stop after so many seconds.")
+@click.option(
+    "--recheck", is_flag=True,
+    help="At the end look up what was acknowledged as written; lost_blocks are not there (or evicted).",
+)  # fmt: skip
 @target_options
 @json_option
 def replay(trace: str, target: Target, as_json: bool, **options: Any) -> int:
     """Replay TRACE: look up, read and verify hits, write misses.
 
     TRACE is a file of JSON lines (Mooncake, Qwen-Bailian, Tair events, or what `kvcm trace` makes; .gz or
-    not), or the name of a bundled one: conversation, synthetic. Exit code 4 if any byte was wrong or a found
-    block could not be read, 1 if blocks could not be stored.
+    not), or the name of a bundled one: conversation, synthetic. Exit code 4 if any byte was wrong, a found
+    block could not be read or an acknowledged one is lost, 1 if blocks could not be stored.
+
+    \b
+    Examples:
+      kvcm replay conversation --limit 1000 --block-bytes 4096
+      kvcm replay trace.jsonl --instance test --json
     """
     if options["wrap"] and not options["seconds"]:
         raise click.UsageError("--wrap needs --seconds, or it would never end")
@@ -102,7 +112,7 @@ def replay(trace: str, target: Target, as_json: bool, **options: Any) -> int:
     emit(report.to_dict(), as_json, report_lines(report.to_dict()))
     if report.first_error is not None:
         note(f"first trouble: {report.first_error.message}")
-    if report.wrong_bytes or report.unreadable_blocks:
+    if report.wrong_bytes or report.unreadable_blocks or report.lost_blocks:
         return EXIT_PROBLEMS
     return EXIT_FAILED if report.refused_blocks or report.first_error else EXIT_OK
 
@@ -136,31 +146,53 @@ async def _run(
     if options["quota_blocks"]:
         group = _group_of_blocks(target, group, options)
     async with await connect_async(address) as client:
-        instance = await client.register(
-            options["instance"] or ("replay" if group == options["group"] else group),
-            group,
-            block_size=TOKENS_PER_BLOCK,
-            specs={"tp0": block_bytes},
-            model_name=f"replay-{block_bytes}",
-        )
-        stored = (await client.instance(instance.info.instance_id)).info
-        if stored.instance_group_name != group:
-            raise InvalidArgument(
-                f"instance {stored.instance_id!r} is in group {stored.instance_group_name!r}, not {group!r}",
-                hint="Name another one with --instance.",
-            )
-        with _Progress(_total(trace, options)) as progress:
+        instance = await _registered(client, group, options)
+        with progress("replaying", _total(trace, options), "requests") as bar:
             run = Replay(
                 instance,
                 block_bytes,
                 options["window"],
                 options["speed"],
                 time.monotonic() + options["seconds"] if options["seconds"] else None,
-                progress.show,
+                functools.partial(_shown, bar),
                 client.flush_touches if options["window"] == 1 else None,
                 options["partial_tail"],
             )
-            return await run.run(requests)
+            report = await run.run(requests)
+        if options["recheck"]:
+            await run.count_lost()
+        return report
+
+
+async def _registered(client: AsyncClient, group: str, options: dict[str, Any]) -> AsyncInstance:
+    """Waits for processes of the manager that are starting again.
+
+    Raises:
+        InvalidArgument: the instance is in another group.
+        Unavailable: they do not, for too long. Or what the manager refuses.
+    """
+    name = options["instance"] or ("replay" if group == options["group"] else group)
+    block_bytes = options["block_bytes"]
+    deadline_s = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            instance = await client.register(
+                name, group, block_size=TOKENS_PER_BLOCK, specs={"tp0": block_bytes},
+                model_name=f"replay-{block_bytes}",
+            )  # fmt: skip
+            stored = (await client.instance(name)).info.instance_group_name
+            break
+        except Unavailable as error:
+            if time.monotonic() >= deadline_s:
+                raise
+            note(f"waiting: {error.message}")
+            await asyncio.sleep(1)
+    if stored != group:
+        raise InvalidArgument(
+            f"instance {name!r} is in group {stored!r}, not {group!r}",
+            hint="Name another one with --instance.",
+        )
+    return instance
 
 
 def _group_of_blocks(target: Target, like: str, options: dict[str, Any]) -> str:
@@ -203,34 +235,10 @@ def _total(trace: str, options: dict[str, Any]) -> int | None:
     return min(bounds) if bounds else None
 
 
-class _Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere; always on standard error."""
-
-    def __init__(self, total: int | None) -> None:
-        self._tty = sys.stderr.isatty()
-        self._bar = tqdm(total=total, unit="req", file=sys.stderr, disable=not self._tty)
-        self._shown = 0
-        self._line_at = time.monotonic() + 10
-        self._ticks = itertools.count(1)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def show(self, report: Report) -> None:
-        if next(self._ticks) % 32:
-            return
-        hits = report.hit_blocks / max(1, report.accessed_blocks)
-        if self._tty:
-            self._bar.update(report.requests - self._shown)
-            self._bar.set_postfix_str(f"hits {hits:.1%}, wrong bytes {report.wrong_bytes}")
-            self._shown = report.requests
-        elif time.monotonic() >= self._line_at:
-            self._line_at = time.monotonic() + 10
-            rate = report.requests / max(report.seconds, 1e-9)
-            note(f"{report.requests} requests, {rate:.0f}/s, hits {hits:.1%}")
+def _shown(bar: Progress, report: Report) -> None:
+    hits = report.hit_blocks / max(1, report.accessed_blocks)
+    rate = report.requests / max(report.seconds, 1e-9)
+    bar.upto(report.requests, also=f"{rate:.0f}/s, hits {hits:.1%}, wrong bytes {report.wrong_bytes}")
 
 
 def report_lines(r: dict[str, Any]) -> list[str]:
@@ -245,6 +253,8 @@ def report_lines(r: dict[str, Any]) -> list[str]:
         f"unreadable       {r['unreadable_blocks']} blocks",
         f"refused          {r['refused_blocks']} blocks",
     ]
+    if r["lost_blocks"] is not None:
+        lines.append(f"lost             {r['lost_blocks']} blocks")
     for name in CALLS:
         if r[f"{name}_p50_us"] is not None:
             p50, p99 = r[f"{name}_p50_us"], r[f"{name}_p99_us"]

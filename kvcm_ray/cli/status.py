@@ -25,7 +25,13 @@ _PREFIX = "cache_manager_group."
 @target_options
 @json_option
 def status(target: Target, as_json: bool) -> None:
-    """Show usage of groups, storages and nodes."""
+    """Show usage of groups, storages and nodes.
+
+    \b
+    Examples:
+      kvcm status
+      kvcm status --url http://10.0.0.5:6382 --json
+    """
     with open_api(target) as api:
         found = collect(api)
         url = api.backend.address

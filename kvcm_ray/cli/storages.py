@@ -77,7 +77,12 @@ storage_path_option = click.option(
 @target_options
 @json_option
 def storage_list(target: Target, as_json: bool) -> None:
-    """List the storages."""
+    """List the storages.
+
+    \b
+    Example:
+      kvcm storage list
+    """
     with open_api(target) as api:
         storages = list_storages(api)
     rows = [(s["global_unique_name"], *storage_kind(s), s["state"]) for s in storages]
@@ -89,7 +94,12 @@ def storage_list(target: Target, as_json: bool) -> None:
 @target_options
 @json_option
 def storage_show(name: str, target: Target, as_json: bool) -> None:
-    """Show one storage in full."""
+    """Show one storage in full.
+
+    \b
+    Example:
+      kvcm storage show disk1
+    """
     with open_api(target) as api:
         found = find_storage(api, name)
     emit(found, as_json, outline(found))
@@ -120,7 +130,12 @@ def storage_create(name: str, kind: str, path: str, target: Target, as_json: boo
 @target_options
 @json_option
 def storage_update(name: str, kind: str, path: str, force: bool, target: Target, as_json: bool) -> None:
-    """Change a storage's place. Blocks at the old one become misses."""
+    """Change a storage's place. Blocks at the old one become misses.
+
+    \b
+    Example:
+      kvcm storage update disk1 --path /mnt/nvme2/kv
+    """
     with open_api(target) as api:
         find_storage(api, name)
         api.call("updateStorage", storage=_storage_body(name, kind, path), force_update=force)
@@ -132,7 +147,12 @@ def storage_update(name: str, kind: str, path: str, force: bool, target: Target,
 @target_options
 @json_option
 def storage_enable(name: str, target: Target, as_json: bool) -> None:
-    """Let new blocks go to a storage again."""
+    """Let new blocks go to a storage again.
+
+    \b
+    Example:
+      kvcm storage enable disk1
+    """
     _change(target, name, "enableStorage")
     done(f"storage {name} enabled", as_json, name=name)
 
@@ -142,7 +162,12 @@ def storage_enable(name: str, target: Target, as_json: bool) -> None:
 @target_options
 @json_option
 def storage_disable(name: str, target: Target, as_json: bool) -> None:
-    """Neither write to nor read from a storage, until it is enabled."""
+    """Neither write to nor read from a storage, until it is enabled.
+
+    \b
+    Example:
+      kvcm storage disable disk1
+    """
     _change(target, name, "disableStorage")
     done(f"storage {name} disabled", as_json, name=name)
 
@@ -159,6 +184,10 @@ def storage_drain(
     """Empty a storage: no blocks go there, those on it move to other storages or are evicted.
 
     Say it again to see how far it is. `kvcm storage undrain` ends it.
+
+    \b
+    Example:
+      kvcm storage drain disk1 --wait --timeout 10m
     """
     with open_api(target) as api:
         find_storage(api, name)
@@ -173,7 +202,12 @@ def storage_drain(
 @target_options
 @json_option
 def storage_undrain(name: str, target: Target, as_json: bool) -> None:
-    """End a drain: new blocks go there again. What has moved stays where it is."""
+    """End a drain: new blocks go there again. What has moved stays where it is.
+
+    \b
+    Example:
+      kvcm storage undrain disk1
+    """
     _change(target, name, "drainStorage", draining=False)
     done(f"storage {name} takes blocks again", as_json, name=name)
 
@@ -223,7 +257,12 @@ def _wait_until_empty(api: Api, name: str, timeout_s: float | None) -> Json:
 @target_options
 @json_option
 def storage_remove(name: str, force: bool, yes: bool, target: Target, as_json: bool) -> None:
-    """Remove a storage from the configuration."""
+    """Remove a storage from the configuration.
+
+    \b
+    Example:
+      kvcm storage remove disk1
+    """
     confirm(f"storage {name}", yes)
     with open_api(target) as api:
         find_storage(api, name)

@@ -39,6 +39,10 @@ def record(group: str, target: Target, as_json: bool, **options: Any) -> None:
     """Begin to write the look-ups and writes of GROUP into a file on the manager's machine.
 
     It is a valid trace at any time; `kvcm trace list` says how far it is, `kvcm trace stop` ends it.
+
+    \b
+    Example:
+      kvcm trace record chat --seconds 10m
     """
     with open_api(target) as api:
         found = api.call(
@@ -57,7 +61,12 @@ def record(group: str, target: Target, as_json: bool, **options: Any) -> None:
 @target_options
 @json_option
 def stop(group: str, target: Target, as_json: bool) -> None:
-    """End the recording of GROUP."""
+    """End the recording of GROUP.
+
+    \b
+    Example:
+      kvcm trace stop chat
+    """
     with open_api(target) as api:
         found = api.call("stopRecording", instance_group=group)["recording"]
     emit(found, as_json, [f"{found['file']}: {_recorded(found)}"])
@@ -70,7 +79,12 @@ def stop(group: str, target: Target, as_json: bool) -> None:
 @target_options
 @json_option
 def list_(group: str, target: Target, as_json: bool) -> None:
-    """List the recordings of GROUP, or of all groups."""
+    """List the recordings of GROUP, or of all groups.
+
+    \b
+    Example:
+      kvcm trace list chat
+    """
     with open_api(target) as api:
         found = api.call("listRecordings", instance_group=group)["recordings"]
     rows = [
@@ -104,7 +118,12 @@ def _recorded(found: Json) -> str:
 @click.argument("file")
 @json_option
 def info(file: str, as_json: bool) -> None:
-    """Say what is in a trace: FILE, or the name of a bundled one."""
+    """Say what is in a trace: FILE, or the name of a bundled one.
+
+    \b
+    Example:
+      kvcm trace info conversation
+    """
     from kvcm_ray.optimizer.contents import contents
 
     found = contents(file)
@@ -144,7 +163,12 @@ def _info_lines(found: Json) -> list[str]:
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @json_option
 def convert(file: str, out: Path, as_json: bool) -> None:
-    """Write FILE, a trace of any known format, in our own format to OUT; gzip if that ends in .gz."""
+    """Write FILE, a trace of any known format, in our own format to OUT; gzip if that ends in .gz.
+
+    \b
+    Example:
+      kvcm trace convert other.csv trace.jsonl.gz
+    """
     from kvcm_ray.traces import resolve, writing
 
     writing.convert(resolve(file), out)
@@ -177,6 +201,10 @@ def anonymize(file: Path, out: Path, as_json: bool, **options: Any) -> None:
     FILE is JSON lines, .gz or not, each with token_ids, prompt, text, or messages, and if wanted timestamp
     (seconds), output_tokens, turn, instance, model, class. OUT has keyed hashes of the blocks; lengths,
     times and repetitions are still seen in it.
+
+    \b
+    Example:
+      kvcm trace anonymize prompts.jsonl trace.jsonl.gz --block-size 16
     """
     from kvcm_ray.optimizer import anonymize as module
 

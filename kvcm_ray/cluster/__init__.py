@@ -5,6 +5,7 @@ up_detached(data_dir, port, tiers)   in the background; returns when it is ready
 up_inside(data_dir)                  in a Ray cluster that runs already
 find(data_dir)                       the running `Manager`, or None
 attach(data_dir)                     connect this process to its Ray, for actor handles
+restart(data_dir)                    renew its processes, while requests go on
 down(data_dir, purge=False)          stop it
 """
 
@@ -16,6 +17,7 @@ from kvcm_ray.cluster.facts import Manager, find
 from kvcm_ray.cluster.inside import up_inside
 from kvcm_ray.cluster.launch import up
 from kvcm_ray.cluster.options import Options
+from kvcm_ray.cluster.rolling import restart
 
 __all__ = [
     "DEFAULT_GROUP",
@@ -28,6 +30,7 @@ __all__ = [
     "leftovers",
     "parse_size",
     "parse_tiers",
+    "restart",
     "up",
     "up_detached",
     "up_inside",

@@ -15,8 +15,9 @@ from typing import Any
 
 from kvcm_ray.actors.join import join, join_data_dir
 from kvcm_ray.actors.paths import manager_file, resolve, shm_dir
-from kvcm_ray.cluster import processes
+from kvcm_ray.cluster import door, processes
 from kvcm_ray.cluster.defaults import parse_tiers
+from kvcm_ray.cluster.environment import haproxy_binary
 from kvcm_ray.cluster.facts import DataDirLock, Manager, find, read_owner
 from kvcm_ray.cluster.inside import down_inside, is_inside
 from kvcm_ray.cluster.launch import check_port, clear_up_after
@@ -49,6 +50,7 @@ def up_detached(
     folder = resolve(data_dir)
     options = Options(folder, port, tuple(tiers), **others)
     parse_tiers(options.tiers, folder)
+    door.check(options, haproxy=haproxy_binary() is not None)
     DataDirLock(folder).release()  # says at once who else has it
     check_port(options.host, port)
     command = [sys.executable, "-m", "kvcm_ray.cluster", options.to_json()]

@@ -156,8 +156,8 @@ def differences(
     return notes
 
 
-def apply(registry_actor: Any, tiers: Sequence[Tier], *, asked: bool, note: Callable[[str], None]) -> None:
-    """Wait for the registry, then make what a new data directory begins with.
+def apply(registry_actor: Any, tiers: Sequence[Tier], *, asked: bool, note: Callable[[str], None]) -> bool:
+    """Wait for the registry, then make what a new data directory begins with; True if it was a new one.
 
     Args:
         asked: the tiers were given: say where what exists differs from them.
@@ -178,9 +178,11 @@ def apply(registry_actor: Any, tiers: Sequence[Tier], *, asked: bool, note: Call
         for tier in tiers:
             registry.call_sync("add_storage", tier.storage)
         registry.call_sync("create_group", default_group(tiers), timeout_s=60)
-    elif asked:
+        return True
+    if asked:
         for sentence in differences(tiers, registry.call_sync("list_storages"), _default_group(registry)):
             note(f"note: {sentence}")
+    return False
 
 
 def _default_group(registry: Any) -> InstanceGroup | None:

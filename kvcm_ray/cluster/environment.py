@@ -94,6 +94,8 @@ def serve_environment(temp_dir: Path, binary: Path | None) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(os.cpu_count() or 1, 4)),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "10",
+        # Ends connections whose client neither sends nor takes anything; 3600 by default.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "120",
     }
 
 

@@ -25,7 +25,7 @@ from kvcm_ray.actors.join import join
 from kvcm_ray.actors.names import HOST, NAMESPACE, REGISTRY
 from kvcm_ray.actors.paths import manager_file, resolve
 from kvcm_ray.actors.reclaimer import RECLAIMERS_DEFAULT
-from kvcm_ray.cluster import defaults
+from kvcm_ray.cluster import defaults, door, rolling
 from kvcm_ray.cluster.facts import DataDirLock, Manager, Owner, find, version, write_manager
 from kvcm_ray.errors import InUse, InvalidArgument, KvcmError, Unavailable
 from kvcm_ray.index.lock import process_start
@@ -42,6 +42,9 @@ class InsideOptions:
     route_prefix: str
     replicas: int
     reclaimers: int
+    debug_api: bool = False
+    accounts: bool | None = None  #: as in `kvcm_ray.cluster.Options`
+    declared: bool = False  #: the Serve application is somebody else's: a Serve config file's
 
 
 def up_inside(
@@ -52,6 +55,8 @@ def up_inside(
     route_prefix: str = ROUTE_PREFIX,
     replicas: int = 2,
     reclaimers: int = RECLAIMERS_DEFAULT,
+    debug_api: bool = False,
+    accounts: bool | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Manager:
     """Start a manager in a running Ray cluster, with the data directory on this node; wait until it is
@@ -64,16 +69,32 @@ def up_inside(
 
     Raises:
         InUse: another manager runs in that cluster, or on that data directory.
-        InvalidArgument: a tier or the prefix is written wrongly.
+        InvalidArgument: a tier or the prefix is written wrongly, or Serve listens on an outer address and
+            no accounts are required.
         Unavailable: no such cluster, or the manager did not get ready in time.
     """
     folder = resolve(data_dir)
-    if not route_prefix.startswith("/") or (route_prefix != "/" and route_prefix.endswith("/")):
-        raise InvalidArgument(f"a route prefix begins with / and does not end with it, got {route_prefix!r}")
-    defaults.parse_tiers(tiers, folder)
+    options = InsideOptions(
+        str(folder), tuple(tiers), route_prefix, replicas, reclaimers, debug_api, accounts=accounts
+    )
+    _check(options)
     join(ray_address, auth_mode=os.environ.get("RAY_AUTH_MODE", "disabled"))
     began = time.monotonic()
-    options = InsideOptions(str(folder), tuple(tiers), route_prefix, replicas, reclaimers)
+    manager = start_host(options)
+    note(f"ready after {time.monotonic() - began:.1f} s")
+    return manager
+
+
+def start_host(options: InsideOptions, node_id: str | None = None) -> Manager:
+    """The manager of this process's Ray cluster, which is started unless it runs.
+
+    Args:
+        node_id: of the data directory; this node's if None.
+
+    Raises:
+        as `up_inside`.
+    """
+    _check(options)
     if (host := _host()) is None:
         from kvcm_ray.actors import detached
 
@@ -81,12 +102,19 @@ def up_inside(
             raise InUse(
                 "this Ray cluster has a manager already, that of `kvcm up`; use it, or another cluster"
             )
-        host = detached.get_or_create(Host, HOST, options)
+        host = detached.get_or_create(Host, HOST, options, node_id=node_id)
     manager = _facts(host)
-    if manager.data_dir != str(folder):
+    if manager.data_dir != str(resolve(options.data_dir)):
         raise InUse(f"this Ray cluster has a manager already, on {manager.data_dir}: {manager.url}")
-    note(f"ready after {time.monotonic() - began:.1f} s")
     return manager
+
+
+def _check(options: InsideOptions) -> None:
+    """Raises `InvalidArgument` for a tier or a prefix that is written wrongly."""
+    prefix = options.route_prefix
+    if not prefix.startswith("/") or (prefix != "/" and prefix.endswith("/")):
+        raise InvalidArgument(f"a route prefix begins with / and does not end with it, got {prefix!r}")
+    defaults.parse_tiers(options.tiers, resolve(options.data_dir))
 
 
 def down_inside(manager: Manager) -> None:
@@ -112,6 +140,18 @@ def down_inside(manager: Manager) -> None:
             raise Unavailable(f"process {manager.pid} of the manager did not end")
         time.sleep(0.05)
     manager_file(Path(manager.data_dir)).unlink(missing_ok=True)
+
+
+def restart_inside(manager: Manager) -> list[str]:
+    """Restart the manager's replicas and actors; see `rolling`. Raises `Unavailable`."""
+    import ray
+
+    join(manager.ray_address, auth_mode=manager.ray_auth_mode)
+    host = _host()
+    if host is None or _facts(host).manager_id != manager.manager_id:
+        raise Unavailable(f"this process is not in the Ray cluster of the manager on {manager.data_dir}")
+    restarted: list[str] = ray.get(host.restart.remote(), timeout=rolling.RESTART_TIMEOUT_S)
+    return restarted
 
 
 class Host:
@@ -141,6 +181,15 @@ class Host:
             raise self._manager
         return self._manager
 
+    def restart(self) -> list[str]:
+        """Renew replicas, unless a Serve config file has them, and actors; says which."""
+        restarted: list[str] = []
+        if not self._options.declared:
+            app = self._application(stamp=secrets.token_hex(4))
+            rolling.renew_replicas(app, _app_name(), self._options.route_prefix, restarted.append)
+        rolling.renew_actors(restarted.append)
+        return restarted
+
     def _start(self) -> Manager:
         lock = DataDirLock(self._folder)
         try:
@@ -162,9 +211,10 @@ class Host:
         actor = registry.get_or_create(self._folder, self._options.reclaimers)
         tiers = defaults.parse_tiers(self._options.tiers, self._folder)
         defaults.apply(actor, tiers, asked=bool(self._options.tiers), note=print)
+        self._guard()
         context: Any = ray.get_runtime_context()
         return Manager(
-            url=self._serve(context.get_node_id()),
+            url=self._serve(),
             grpc=None,
             ray_address=context.gcs_address,
             data_dir=str(self._folder),
@@ -180,21 +230,47 @@ class Host:
             inside=True,
         )
 
-    def _serve(self, node_id: str) -> str:
+    def _guard(self) -> None:
+        """Accounts as they were asked for, before anybody is answered. Raises `InvalidArgument`."""
+        from ray import serve
+        from ray.serve.context import _get_global_client
+
+        from kvcm_ray.actors.handles import RegistryHandle
+
+        serve.start()
+        client: Any = _get_global_client()
+        wanted = door.accounts_wanted(self._options.accounts, self._folder)
+        door.check_inside(client.http_config.host, wanted)
+        door.apply(RegistryHandle(), self._folder, self._options.accounts, print)
+
+    def _serve(self) -> str:
         """Run the application on this node; its URL."""
         from ray import serve
         from ray.serve.context import _get_global_client
 
-        from kvcm_ray.serve_app.deployment import APP_NAME, build
+        from kvcm_ray.serve_app import faults
 
-        serve.start()
-        if APP_NAME not in serve.status().applications:  # else this is a restart of ours
-            app = build(self._folder, replicas=self._options.replicas, node_id=node_id)
-            serve.run(app, name=APP_NAME, route_prefix=self._options.route_prefix, blocking=False)
+        running = self._options.declared or _app_name() in serve.status().applications  # this is a restart
+        if not running:
+            faults.forget(self._folder)
+            prefix = self._options.route_prefix
+            serve.run(self._application(), name=_app_name(), route_prefix=prefix, blocking=False)
         client: Any = _get_global_client()
         http = client.http_config
         host = "127.0.0.1" if http.host in (None, "", "0.0.0.0") else http.host
         return f"http://{host}:{http.port}{self._options.route_prefix.rstrip('/')}"
+
+    def _application(self, stamp: str = "") -> Any:
+        import ray
+
+        from kvcm_ray.serve_app.deployment import build
+        from kvcm_ray.serve_app.options import GatewayOptions
+
+        node_id = ray.get_runtime_context().get_node_id()
+        told = GatewayOptions(self._options.debug_api)
+        return build(
+            self._folder, replicas=self._options.replicas, node_id=node_id, stamp=stamp, gateway=told
+        )
 
 
 def _app_name() -> str:

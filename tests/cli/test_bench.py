@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections import OrderedDict
 from collections.abc import Callable
@@ -195,3 +196,12 @@ def test_help_and_wrong_options(kvcm: Kvcm) -> None:
     assert "optimizer" in shown
     assert kvcm("bench", "capacity", "--policy", "none").code == 2
     assert kvcm("bench", "reclaim", "--soak", "0").code == 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="here it would run")
+@pytest.mark.parametrize("name", ["engine", "serve-llm"])
+def test_engines_are_measured_in_their_own_environment(kvcm: Kvcm, name: str) -> None:
+    ran = kvcm("bench", name, "--json")
+    assert ran.code == 1
+    assert ran.json["error"]["code"] == "KVCM-U002"
+    assert "make setup-engines" in ran.json["error"]["hint"]

@@ -222,6 +222,18 @@ def test_replay_that_does_not_fit_says_so(kvcm: Kvcm, tmp_path: Path) -> None:
     assert "quota" in ran.json["first_error"]["message"]
 
 
+def test_replay_counts_what_was_acknowledged_and_is_gone(kvcm: Kvcm, tmp_path: Path) -> None:
+    assert kvcm("group", "create", "narrow", "--quota", "1000", "--storage", "files").code == 0
+    path = trace(tmp_path, *([n, n + 1] for n in range(0, 40, 2)))
+    replay = ("replay", path, "--via", "http", "--block-bytes", "100", "--recheck", "--json")
+    kept = kvcm(*replay, "--instance", "kept")
+    assert (kept.code, kept.json["lost_blocks"]) == (0, 0)
+    gone = kvcm(*replay, "--instance", "gone", "--group", "narrow")
+    (group,) = (g for g in kvcm("status", "--json").json["groups"] if g["name"] == "narrow")
+    assert gone.code == 4
+    assert gone.json["written_blocks"] - gone.json["lost_blocks"] == group["blocks"] <= 10
+
+
 # ------------------------------------------------------------------------------------------- fsck
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,13 @@ def test_record_stop_list_and_replay_what_was_recorded(kvcm: Kvcm, tmp_path: Pat
     began = kvcm("trace", "record", group, "--json")
     assert began.code == 0, began.err
     again = kvcm("trace", "record", group)
-    assert (again.code, "kvcm trace stop" in again.err) == (1, True)
+    assert (again.code, "kvcm trace stop" in again.err, "[KVCM-C006]" in again.err) == (1, True, True)
     first = kvcm(*run).json
-    listed = kvcm("trace", "list").out
-    assert "recording" in listed
+    until_s = time.monotonic() + 20  # by URL the manager's replicas report the look-ups, a moment later
+    while kvcm("trace", "list", group, "--json").json["recordings"][0]["look_ups"] < 3:
+        assert time.monotonic() < until_s
+        time.sleep(0.05)
+    assert "recording" in kvcm("trace", "list").out
     done = kvcm("trace", "stop", group, "--json").json
     assert (done["look_ups"], done["accessed_blocks"], done["hit_blocks"]) == (3, 9, first["hit_blocks"])
     requests = list(open_trace(done["file"]))
@@ -78,7 +82,8 @@ def test_what_is_recorded_may_be_limited(kvcm: Kvcm, tmp_path: Path) -> None:
         (("record", "default", "--max-bytes", "10"), 1, "max_bytes must be at least"),
         (("record", "default", "--sample-rate", "0"), 2, "0"),
         (("record", "default", "--seconds", "soon"), 2, "not a time"),
-        (("stop", "default"), 1, "not recorded"),
+        (("stop", "default"), 1, "[KVCM-N006]"),
+        (("stop", "default"), 1, "kvcm trace list"),
         (("list", "ghost"), 1, "ghost"),
         (("info", "none.jsonl"), 1, "no trace file"),
         (("convert", "none.jsonl", "out"), 1, "no trace file"),
