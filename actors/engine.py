@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvcm_ray.actors.facts import Facts, Now
+from kvcm_ray.actors.histogram import Histogram
 from kvcm_ray.actors.opening import open_instance_index
 from kvcm_ray.actors.paths import index_dir
-from kvcm_ray.actors.perform import Transaction
+from kvcm_ray.actors.perform import Noted, Transaction
 from kvcm_ray.actors.sweep import drop_segments_of
 from kvcm_ray.core.events import Copied, DeletesConfirmed, Event, ReclaimEvent, Tick, Want
 from kvcm_ray.core.group import GroupState
@@ -32,7 +33,7 @@ from kvcm_ray.core.reclaim import want_of
 from kvcm_ray.core.records import SessionRecord, TrashRecord
 from kvcm_ray.core.requests import Reply, Request, StartWrite
 from kvcm_ray.errors import Fenced, InstanceNotFound, InvalidArgument, KvcmError, NoStorageAvailable
-from kvcm_ray.index import IndexWriter
+from kvcm_ray.index import IndexStats, IndexWriter
 from kvcm_ray.storage_adapters import SegmentOwner, StorageAdapter, open_storage
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ class GroupEngine:
         #: Segments of each open instance by id, as the index has them.
         self._segments: dict[str, dict[int, Segment]] = {}
         self._dropped: list[Segment] = []
+        self._noted: list[Noted] = []
+        self.commits = Histogram()
         self._failed_storage = ""  #: the last that could not make a segment
         self.state = GroupState(group, storages)
         self.configure(group, storages)
@@ -107,12 +110,9 @@ class GroupEngine:
         return self._adapters[storage]
 
     @property
-    def instances(self) -> list[str]:
-        """Ids of the open instances."""
-        return list(self._infos)
-
-    def infos(self) -> list[InstanceInfo]:
-        return list(self._infos.values())
+    def instances(self) -> Mapping[str, InstanceInfo]:
+        """The open instances by id."""
+        return self._infos
 
     def index_path(self, instance_id: str) -> Path:
         """Directory of an open instance's index."""
@@ -315,6 +315,11 @@ class GroupEngine:
         dropped, self._dropped = self._dropped, []
         return dropped
 
+    def take_noted(self) -> list[Noted]:
+        """What was committed of blocks that go or move and sessions that expire; handed out once."""
+        noted, self._noted = self._noted, []
+        return noted
+
     def segment(self, instance_id: str, segment_id: int) -> Segment | None:
         return self._segments.get(instance_id, {}).get(segment_id)
 
@@ -323,9 +328,13 @@ class GroupEngine:
         return {
             **self.state.usage(),
             "fenced": self.fenced,
-            "index": {name: dataclasses.asdict(w.stats()) for name, w in self._writers.items()},
+            "index": {name: dataclasses.asdict(stats) for name, stats in self.index_stats().items()},
             "broken": {name: error.to_dict() for name, error in self.broken.items()},
         }
+
+    def index_stats(self) -> dict[str, IndexStats]:
+        """Of each open instance."""
+        return {name: writer.stats() for name, writer in self._writers.items()}
 
     def capacity(self, now: Now | None = None) -> dict[str, Any]:
         """The capacity report; see `GroupState.capacity`."""
@@ -394,6 +403,8 @@ class GroupEngine:
             self._segments[instance_id][segment.segment_id] = segment
         for instance_id, segment_id in transaction.dropped:
             self._dropped.append(self._segments[instance_id].pop(segment_id))
+        self._noted += transaction.noted
+        self.commits.add(transaction.commit_s)
         return result
 
     def _answer(self, facts: Facts, request: Request) -> Reply | KvcmError:

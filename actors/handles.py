@@ -32,6 +32,7 @@ from ray.exceptions import (
     TaskCancelledError,
 )
 
+from kvcm_ray import logs, tracing
 from kvcm_ray.actors.names import NAMESPACE, REGISTRY, group_actor_name
 from kvcm_ray.core.reclaim import want_of
 from kvcm_ray.core.requests import Reply, Request, StartWrite
@@ -52,6 +53,8 @@ class _Pending:
     request: Request
     deadline: float
     pause_s: float = RETRY_FIRST_S
+    trace: str = ""  #: see `kvcm_ray.tracing.carried`
+    trace_id: str = field(default_factory=logs.trace_id)
     future: Future[Reply] = field(default_factory=Future)
 
     def answer(self, answer: Reply | KvcmError) -> None:
@@ -123,6 +126,8 @@ class GroupHandle:
 
     def _enqueue(self, request: Request, timeout_s: float) -> _Pending:
         pending = _Pending(request, time.monotonic() + timeout_s)
+        if tracing.on:
+            pending.trace = tracing.carried()
         with self._lock:
             self._waiting.append(pending)
         return pending
@@ -153,7 +158,11 @@ class GroupHandle:
     def _send(self, batch: list[_Pending]) -> None:
         batch = [p for p in batch if not p.future.cancelled()]
         try:
-            ref = self._find().submit.remote([p.request for p in batch])
+            traces = [p.trace for p in batch] if tracing.on else []
+            more = {"traces": traces} if any(traces) else {}
+            if any(trace_ids := [p.trace_id for p in batch]):
+                more["trace_ids"] = trace_ids
+            ref = self._find().submit.remote([p.request for p in batch], **more)
         except KvcmError as error:
             self._returned()
             for pending in batch:
@@ -195,7 +204,9 @@ class GroupHandle:
         """Let a write wait for room, in a call that no other request has to wait for."""
         wait_ms = int((pending.deadline - time.monotonic() - ANSWER_S) * 1_000)
         try:
-            ref = self._find().submit_waiting.remote(pending.request, wait_ms)
+            ref = self._find().submit_waiting.remote(
+                pending.request, wait_ms, pending.trace, pending.trace_id
+            )
         except (KvcmError, RayError):
             pending.answer(refusal)
             return

@@ -1,4 +1,8 @@
-"""Password hashes of accounts: scrypt with a random salt, compared in constant time."""
+"""Password hashes of accounts: scrypt with a random salt, compared in constant time.
+
+One hash takes 16 MiB and about a quarter of a second on purpose, so callers do it off the event loop. The
+parameters stand in the hash, so that raising them later leaves old passwords valid.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ import hashlib
 import hmac
 import secrets
 
-_N, _R, _P = 2**14, 8, 1
+_N, _R, _P = 2**14, 8, 5
+#: A hash that no password has, for accounts that do not exist: refusing those takes as long.
+NOBODYS_HASH = f"scrypt${_N}${_R}${_P}${'0' * 32}${'0' * 64}"
 
 
 def hash_password(password: str) -> str:

@@ -5,6 +5,8 @@
     D/groups/<group>/<instance>-<uid>/    index of one instance
     D/tiers/<storage>/           default place of file tiers
     D/traces/                    recordings
+    D/admin-token                a token with the role admin, where accounts are required
+    D/audit.log, D/audit.log.N   who changed what; the higher N, the older
     /dev/shm/kvcm-<hash of D>/<storage>/  default place of shm tiers
 """
 
@@ -57,3 +59,11 @@ def tier_dir(data_dir: Path, storage: str) -> Path:
 
 def traces_dir(data_dir: Path) -> Path:
     return data_dir / "traces"
+
+
+def admin_token_file(data_dir: Path) -> Path:
+    return data_dir / "admin-token"
+
+
+def audit_file(data_dir: Path) -> Path:
+    return data_dir / "audit.log"

@@ -11,6 +11,7 @@ rebuilds its state from what the indexes say.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 
@@ -34,6 +35,9 @@ from kvcm_ray.core.effects import (
 from kvcm_ray.core.model import Segment
 from kvcm_ray.index import IndexBatch, IndexWriter
 
+#: Effects that are told after the commit, beside what was answered.
+Noted = DropBlocks | MoveBlocks | DropSession
+
 
 class Transaction:
     """All effects of one micro-batch of one group.
@@ -52,6 +56,8 @@ class Transaction:
         self._open: dict[str, IndexBatch] = {}
         self.created: list[tuple[str, Segment]] = []
         self.dropped: list[tuple[str, int]] = []  #: their files may go once this is committed
+        self.noted: list[Noted] = []  #: blocks that go or move, sessions that expire
+        self.commit_s = 0.0  #: how long committing took
 
     def __enter__(self) -> Transaction:
         return self
@@ -62,7 +68,9 @@ class Transaction:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        began = time.perf_counter()
         self._stack.__exit__(kind, error, trace)
+        self.commit_s = time.perf_counter() - began
 
     def index(self, instance_id: str) -> IndexBatch:
         """The instance's transaction. Raises `Fenced` if a newer incarnation owns the index."""
@@ -90,6 +98,8 @@ class Transaction:
 
     def _drop_session(self, effect: DropSession) -> None:
         self.index(effect.instance_id).drop_session(effect.session_id)
+        if effect.expired:
+            self.noted.append(effect)
 
     def _add_blocks(self, effect: AddBlocks) -> None:
         self.index(effect.instance_id).add_blocks(
@@ -98,9 +108,11 @@ class Transaction:
 
     def _drop_blocks(self, effect: DropBlocks) -> None:
         self.index(effect.instance_id).remove_blocks(effect.keys)
+        self.noted.append(effect)
 
     def _move_blocks(self, effect: MoveBlocks) -> None:
         self.index(effect.instance_id).move_blocks(effect.keys, effect.locations)
+        self.noted.append(effect)
 
     def _put_copies(self, effect: PutCopies) -> None:
         self.index(effect.instance_id).put_copies(effect.keys, effect.locations)

@@ -34,7 +34,7 @@ def start(data_dir: Path, size: int) -> None:
         if found["namespace"] == NAMESPACE and name.startswith(prefix) and name not in wanted:
             _end(name)
     for number, name in enumerate(wanted):
-        detached.get_or_create(Reclaimer, name, str(data_dir), number)
+        detached.get_or_create(Reclaimer, name, str(data_dir), number, size)
 
 
 def _end(name: str) -> None:

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kvcm_ray import logs
+from kvcm_ray.actors import status_line
 from kvcm_ray.actors.copying import Copier, Index
 from kvcm_ray.actors.throttle import Throttle
 from kvcm_ray.actors.view import RegistryView
@@ -153,22 +155,33 @@ def _in_pieces(index: Index, segment: Segment) -> Iterator[Index]:
 class Reclaimer:
     """The actor. Sync and single-threaded on purpose; see above."""
 
-    def __init__(self, data_dir: str, number: int) -> None:
-        self._number = number
+    def __init__(self, data_dir: str, number: int, pool_size: int) -> None:
+        logs.configure()
+        self._number, self._pool_size = number, pool_size
+        self._erased = self._moved = 0
         self._body = ReclaimerBody(RegistryView(data_dir))
         with contextlib.suppress(OSError):
             os.nice(NICENESS)
+        status_line.keep(self, self._status)
 
     def __repr__(self) -> str:
-        return f"Reclaimer({self._number})"
+        return f"Reclaimer({self._number} of {self._pool_size})"
+
+    def _status(self) -> str:
+        who = f"{self._number} of {self._pool_size}"
+        return f"{who}: erased {self._erased} records, copied {self._moved} sessions"
 
     def erase(self, index_path: str, trash_ids: Sequence[int]) -> tuple[list[int], str]:
         """See `ReclaimerBody.erase`."""
-        return self._body.erase(index_path, trash_ids)
+        erased, problem = self._body.erase(index_path, trash_ids)
+        self._erased += len(erased)
+        return erased, problem
 
     def move(self, index_path: str, session_ids: Sequence[str]) -> dict[str, Copied]:
         """See `ReclaimerBody.move`."""
-        return self._body.move(index_path, session_ids)
+        copied = self._body.move(index_path, session_ids)
+        self._moved += len(copied)
+        return copied
 
     def pid(self) -> int:
         return os.getpid()

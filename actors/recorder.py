@@ -33,7 +33,7 @@ from kvcm_ray.core.model import safe_name
 from kvcm_ray.core.observed import Observed
 from kvcm_ray.core.order import selected
 from kvcm_ray.core.ragged import offsets_of, places
-from kvcm_ray.errors import Conflict, InvalidArgument, NotFound, StorageIOError
+from kvcm_ray.errors import InvalidArgument, RecordingNotFound, RecordingUnderWay, StorageIOError
 from kvcm_ray.traces.batch import Batch
 from kvcm_ray.traces.formats import READ, WRITE
 from kvcm_ray.traces.keys import Flags
@@ -116,14 +116,14 @@ class Recorder:
         """Begin a recording, described by `Options`; returns its report.
 
         Raises:
-            Conflict: one is under way.
+            RecordingUnderWay: there is one.
             InvalidArgument: see `Options.of`.
             StorageIOError: the file cannot be written.
         """
         made = Options.of(options)
         with self._lock:
             if self._recording is not None and not self._recording.ended:
-                raise Conflict(
+                raise RecordingUnderWay(
                     f"group {self._group!r} is recorded already, into {self._recording.file}; "
                     "`kvcm trace stop` ends that"
                 )
@@ -134,12 +134,15 @@ class Recorder:
         """End the recording; returns its report. One that had ended by itself is told of once.
 
         Raises:
-            NotFound: there is none.
+            RecordingNotFound: there is none (any more: one ends with the group's process).
         """
         with self._lock:
             recording, self._recording = self._recording, None
         if recording is None:
-            raise NotFound(f"group {self._group!r} is not recorded; `kvcm trace record` begins that")
+            raise RecordingNotFound(
+                f"group {self._group!r} is not recorded; if it was, its process has ended since, and "
+                "`kvcm trace list` shows the file, whole up to then. `kvcm trace record` begins another"
+            )
         recording.stop("stopped")
         return recording.report()
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import ray
 
-from kvcm_ray.actors import detached, group, paths, pool
+from kvcm_ray import logs
+from kvcm_ray.actors import detached, group, paths, pool, status_line
 from kvcm_ray.actors.names import REGISTRY, group_actor_name
 from kvcm_ray.actors.reclaimer import RECLAIMERS_DEFAULT
 from kvcm_ray.actors.registry_body import RegistryBody
@@ -81,6 +82,7 @@ class Registry:
     """
 
     def __init__(self, data_dir: str, reclaimers: int = RECLAIMERS_DEFAULT) -> None:
+        logs.configure()
         folder = paths.resolve(data_dir)
         self._folder = folder
         self._groups = RayGroups(folder)
@@ -89,9 +91,14 @@ class Registry:
         for name in self._body.contents.groups:
             self._groups.start(name)
         self._sweep_groups()
+        status_line.keep(self, self._status)
 
     def __repr__(self) -> str:
         return f"Registry({self._folder})"
+
+    def _status(self) -> str:
+        held = self._body.contents
+        return f"{len(held.groups)} groups, {len(held.instances)} instances, {len(held.storages)} storages"
 
     def call(self, event_id: str, method: str, *args: Any) -> Any:
         """One of `RegistryBody`'s public methods. Raises `KvcmError`."""

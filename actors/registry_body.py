@@ -11,22 +11,21 @@ import dataclasses
 import os
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from kvcm_ray.actors import paths, snapshot, upgrades
-from kvcm_ray.actors.passwords import hash_password
+from kvcm_ray.actors import accounts, paths, snapshot, upgrades
 from kvcm_ray.actors.registry_store import Contents, Record, RegistryStore
 from kvcm_ray.actors.validate import (
     check_apart,
     check_group,
     check_instance,
-    check_name,
     check_reclaimer,
     check_storage,
 )
 from kvcm_ray.core.model import (
+    AccessSettings,
     Account,
     AccountRole,
     InstanceGroup,
@@ -34,9 +33,9 @@ from kvcm_ray.core.model import (
     LocationSpecGroup,
     ReclaimerSettings,
     StorageConfig,
+    Token,
 )
 from kvcm_ray.errors import (
-    AccountNotFound,
     AlreadyExists,
     GroupNotFound,
     InstanceLimitReached,
@@ -53,12 +52,12 @@ from kvcm_ray.storage_adapters import open_storage
 CHANGES = frozenset(
     ["add_storage", "update_storage", "enable_storage", "disable_storage", "set_draining",
     "remove_storage", "create_group", "update_group", "remove_group", "register_instance",
-    "rollback_instance", "remove_instance", "add_account", "delete_account", "load_snapshot",
-    "set_reclaimer_settings"]
+    "rollback_instance", "remove_instance", "add_account", "update_account", "delete_account",
+    "add_token", "revoke_token", "set_access", "load_snapshot", "set_reclaimer_settings"]
 )  # fmt: skip
 READS = frozenset(
     ["list_storages", "get_group", "list_groups", "get_instance", "list_instances", "list_accounts",
-    "save_snapshot", "describe", "reclaimer_settings"]
+    "list_tokens", "save_snapshot", "describe", "reclaimer_settings"]
 )  # fmt: skip
 
 
@@ -320,21 +319,45 @@ class RegistryBody:
 
     # --------------------------------------------------------------------------------- accounts
 
-    def add_account(self, name: str, password: str, role: AccountRole) -> None:
-        check_name("user_name", name)
-        if name in self._now.accounts:
-            raise AlreadyExists(f"account {name!r} exists")
-        self._commit(put=[Account(name, AccountRole(role), hash_password(password))])
+    def add_account(
+        self, name: str, password: str, role: AccountRole, instance_groups: Sequence[str] = ()
+    ) -> None:
+        """Raises `AlreadyExists`, `InvalidArgument`. An empty password is none: tokens only."""
+        self._commit(put=[accounts.added(self._now, name, password, role, instance_groups)])
+
+    def update_account(
+        self, name: str, password: str = "", role: AccountRole | None = None, groups: Sequence[str] = ()
+    ) -> None:
+        """Change what is given. Raises `AccountNotFound`, `InvalidArgument`, `InUse`: the last admin."""
+        self._commit(put=[accounts.changed(self._now, name, password, role, groups)])
 
     def delete_account(self, name: str) -> None:
-        if name not in self._now.accounts:
-            raise AccountNotFound(f"no account {name!r}")
-        self._commit(drop=[(Account, name)])
+        """With its tokens. Raises `AccountNotFound`, `InUse`: it is the last admin."""
+        self._commit(drop=accounts.removed(self._now, name))
 
     def list_accounts(self) -> list[Account]:
         """In name order, without their password hashes."""
-        accounts = (self._now.accounts[name] for name in sorted(self._now.accounts))
-        return [dataclasses.replace(a, password_hash="") for a in accounts]
+        known = (self._now.accounts[name] for name in sorted(self._now.accounts))
+        return [dataclasses.replace(a, password_hash="") for a in known]
+
+    def add_token(self, token: Token) -> None:
+        """Raises `AccountNotFound`, `LimitReached`. Tokens long expired are forgotten."""
+        stale = accounts.checked_token(self._now, token, int(time.time()))
+        self._commit(put=[token], drop=stale)
+
+    def revoke_token(self, token_id: str) -> None:
+        """Raises `NotFound`."""
+        self._commit(drop=[(Token, accounts.digest_of(self._now, token_id))])
+
+    def list_tokens(self) -> list[Token]:
+        """The newest last, without their digests."""
+        known = sorted(self._now.tokens.values(), key=lambda t: (t.created_s, t.token_id))
+        return [dataclasses.replace(t, digest="") for t in known]
+
+    def set_access(self, settings: AccessSettings) -> None:
+        """Require accounts, or not. Raises `InvalidArgument` if nobody could get in."""
+        accounts.check_access(self._now, settings)
+        self._commit(put=[settings])
 
     # --------------------------------------------------------------------------------- snapshots
 
@@ -347,7 +370,7 @@ class RegistryBody:
 
         Everything is checked before anything is changed. A group's version never goes back. An
         instance that is registered must have the same shape; a new one gets an empty index. An account
-        that is new has no password until it is deleted and added again.
+        that exists stays as it is, so nobody is locked out and nobody let in; a new one has no password.
 
         Raises:
             InvalidArgument: not a snapshot, or a record in it is refused.

@@ -1,4 +1,4 @@
-"""The registry on disk: storages, groups, instances and accounts in one LMDB environment.
+"""The registry on disk: storages, groups, instances, accounts and tokens in one LMDB environment.
 
 Key: ``<kind>/<name>`` in UTF-8. Value: 4 bytes CRC-32 of key and payload, little endian, then a msgpack
 map made by `core.model.to_plain`. The CRC covers the key, so a misplaced value does not pass either.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ import lmdb
 import msgpack
 
 from kvcm_ray.core.model import (
+    AccessSettings,
     Account,
     InstanceGroup,
     InstanceInfo,
     ReclaimerSettings,
     StorageConfig,
+    Token,
     from_plain,
     to_plain,
 )
@@ -35,19 +37,22 @@ from kvcm_ray.errors import Unavailable
 from kvcm_ray.index.environment import translated
 from kvcm_ray.index.preflight import check_file, data_file
 
-Record = StorageConfig | InstanceGroup | InstanceInfo | Account | ReclaimerSettings
+Record = StorageConfig | InstanceGroup | InstanceInfo | Account | Token | ReclaimerSettings | AccessSettings
 
 KINDS: dict[type, str] = {
     StorageConfig: "storage",
     InstanceGroup: "group",
     InstanceInfo: "instance",
     Account: "account",
+    Token: "token",
     ReclaimerSettings: "reclaimer",
+    AccessSettings: "access",
 }
 MAP_SIZE = 1 << 30
 EVENTS_REMEMBERED_MAX = 1_024
 _EVENT = b"event/"
 _POOL = "pool"  #: there is one pool of reclaimers
+_DOOR = "door"  #: and one door to the manager
 
 
 @dataclass(slots=True)
@@ -60,6 +65,8 @@ class Contents:
     instances: dict[str, InstanceInfo]
     accounts: dict[str, Account]
     reclaimer: ReclaimerSettings | None = None  #: None: nobody has set it
+    tokens: dict[str, Token] = field(default_factory=dict)  #: by digest
+    access: AccessSettings = field(default_factory=AccessSettings)
 
 
 class _Shared:
@@ -154,7 +161,7 @@ class RegistryStore:
                 tables[kind][name] = value
         return Contents(
             txn_id, tables["storage"], tables["group"], tables["instance"], tables["account"],
-            tables["reclaimer"].get(_POOL),
+            tables["reclaimer"].get(_POOL), tables["token"], tables["access"].get(_DOOR, AccessSettings()),
         )  # fmt: skip
 
     def write(
@@ -220,8 +227,12 @@ def name_of(record: Record) -> str:
         return record.name
     if isinstance(record, InstanceInfo):
         return record.instance_id
+    if isinstance(record, Token):
+        return record.digest
     if isinstance(record, ReclaimerSettings):
         return _POOL
+    if isinstance(record, AccessSettings):
+        return _DOOR
     return record.user_name
 
 

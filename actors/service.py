@@ -14,6 +14,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
@@ -24,15 +25,19 @@ from kvcm_ray.actors import paths
 from kvcm_ray.actors.advisor import Advisor
 from kvcm_ray.actors.chores import FAILED_PAUSE_MS, Chores, Pool
 from kvcm_ray.actors.engine import GroupEngine
+from kvcm_ray.actors.explaining import explain, resident
 from kvcm_ray.actors.facts import Now
+from kvcm_ray.actors.fences import Fences
 from kvcm_ray.actors.observer import Observer
+from kvcm_ray.actors.prefixes import DEPTH, LIMIT, HotPrefixes, to_json, walk
 from kvcm_ray.actors.prepare import Preparer
 from kvcm_ray.actors.recorder import Recorder
+from kvcm_ray.actors.statistics import Statistics
 from kvcm_ray.actors.sweep import remove_leftovers
 from kvcm_ray.actors.view import RegistryView
 from kvcm_ray.actors.waiting import WaitingWrites
 from kvcm_ray.core.events import Want
-from kvcm_ray.core.requests import Reply, Request, StartWrite, Touch
+from kvcm_ray.core.requests import Keys, Reply, Request, StartWrite, Touch
 from kvcm_ray.errors import KvcmError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -54,6 +59,7 @@ class _Job:
 class _Submit:
     requests: Sequence[Request]
     future: Future[Answers]
+    began_s: float  #: of `time.perf_counter`
 
 
 @dataclass(slots=True)
@@ -103,7 +109,11 @@ class GroupService:
         self.engine = GroupEngine(view.data_dir, group, view.storages(), self._registered())
         self.advisor = Advisor()
         self.recorder = Recorder(paths.traces_dir(view.data_dir), name, lambda: self.observer.dropped)
-        self.observer = Observer([self.advisor, self.recorder])
+        self.prefixes = HotPrefixes()
+        self.observer = Observer([self.advisor, self.recorder, self.prefixes])
+        fences = Fences(paths.group_dir(view.data_dir, name))
+        self.figures = Statistics(self.engine, fences.count)
+        self._fences = fences
         #: For what takes a while and needs nothing of the engine.
         self._aside = ThreadPoolExecutor(1, thread_name_prefix=f"aside-{name}")
         self._weigh()
@@ -126,7 +136,7 @@ class GroupService:
             if self._queued + count > INBOX_REQUESTS_MAX:
                 raise Unavailable(f"group {self.name!r} has {self._queued} requests waiting already")
             self._queued += count
-        job = _Submit(requests, Future[Answers]())
+        job = _Submit(requests, Future[Answers](), time.perf_counter())
         self._inbox.put(job)
         return job.future
 
@@ -137,14 +147,15 @@ class GroupService:
         writes wait already. Cancelling it gives up.
         """
         wait = _Wait(request, Now.read().ms + wait_ms, Future[Reply | KvcmError]())
-        wait.future.add_done_callback(self._wake_if_given_up)
+        wait.future.add_done_callback(lambda future: self._waited(request, future))
         self._inbox.put(wait)
         return wait.future
 
-    def _wake_if_given_up(self, future: Future[Reply | KvcmError]) -> None:
-        """Those behind it need not wait for it any more."""
-        if future.cancelled():
+    def _waited(self, request: StartWrite, future: Future[Reply | KvcmError]) -> None:
+        if future.cancelled():  # those behind it need not wait for it any more
             self._inbox.put(_Wake())
+        elif isinstance(answer := future.result(), KvcmError):
+            self.figures.refused_late(request, answer)
 
     def refresh(self) -> Future[None]:
         """Read the registry again."""
@@ -177,6 +188,27 @@ class GroupService:
         """``{"recordings": [...]}``; see `Recorder.list`."""
         return self._aside.submit(lambda: {"recordings": self.recorder.list()})
 
+    def statistics(self, instances: bool = True) -> Future[dict[str, Any]]:
+        """Gauges, counters, histograms, tiers, instances; see `Statistics.report`."""
+        return self._ask(lambda: self._statistics(instances))
+
+    def history(self, since_s: float = 0.0) -> Future[dict[str, Any]]:
+        """The last hour in rows, those that ended after unix time `since_s`; see `History.rows`."""
+        return self._ask(lambda: self.figures.history.rows(since_s, self.figures.now_s()))
+
+    def events(self, after_id: int = 0, limit: int = 100) -> Future[dict[str, Any]]:
+        """What happened behind event `after_id`: ``{"events": [...], "next": pass it as after_id the next
+        time, "dropped": forgotten meanwhile, "incarnation"}``."""
+        return self._ask(lambda: self.figures.events(after_id, limit))
+
+    def explain(self, instance_id: str, keys: Keys) -> Future[dict[str, Any]]:
+        """For every key where its block is, or when and why it went; see `explaining`."""
+        return self._ask(lambda: explain(self.engine, self.figures, instance_id, keys))
+
+    def hot_prefixes(self, depth: int = DEPTH, limit: int = LIMIT) -> Future[dict[str, Any]]:
+        """The prefixes that recent look-ups found, as a tree; see `prefixes`."""
+        return self._aside.submit(self._hot_prefixes, depth, limit)
+
     def stop(self) -> None:
         """End the loop and close everything; waits for it."""
         self._aside.shutdown(cancel_futures=True)  # while the loop answers those under way
@@ -207,7 +239,9 @@ class GroupService:
 
     def _step(self) -> bool:
         submits: deque[_Submit] = deque()
-        for message in self._drain():
+        messages = self._drain()
+        self.figures.tick()
+        for message in messages:
             if message is None:
                 return False
             if isinstance(message, _Submit):
@@ -227,11 +261,17 @@ class GroupService:
                 self._reclaim()
         self._reclaim()
         self._chores.hand_out()
+        if noted := self.engine.take_noted():
+            self.figures.noted(noted)
         for segment in self.engine.take_dropped_segments():
             self._drop_files(segment)
         if self.engine.fenced:
-            self._on_end("a newer incarnation owns the index")
+            self._end_fenced()
         return True
+
+    def _end_fenced(self) -> None:
+        self._fences.note()
+        self._on_end("a newer incarnation owns the index")
 
     def _note(self, *, freed: bool) -> None:
         """Something happened that reclaiming depends on; with `freed` waiting writes may fit now."""
@@ -279,13 +319,15 @@ class GroupService:
         self._open_new(requests)
         answers = self.engine.submit_batch(requests, ahead_bytes=self._waiting.ahead_bytes())
         self.observer.note(requests, answers)
+        self.figures.answered(requests, answers)
         self._note(freed=not all(isinstance(request, StartWrite | Touch) for request in requests))
         if self.engine.fenced:
-            self._on_end("a newer incarnation owns the index")
+            self._end_fenced()
         self.counters["batches"] += 1
         self.counters["requests"] += len(requests)
-        begin = 0
+        begin, now_s = 0, time.perf_counter()
         for submit in batch:
+            self.figures.calls.add(now_s - submit.began_s)
             end = begin + len(submit.requests)
             with contextlib.suppress(InvalidStateError):  # cancelled: its caller is gone
                 submit.future.set_result(answers[begin:end])
@@ -294,7 +336,7 @@ class GroupService:
 
     def _open_new(self, requests: Sequence[Request]) -> None:
         """Instances registered a moment ago may be asked for before the registry told us."""
-        unknown = {r.instance_id for r in requests} - set(self.engine.instances)
+        unknown = {r.instance_id for r in requests} - self.engine.instances.keys()
         registered = self._view.instances()
         for instance_id in unknown:
             info = registered.get(instance_id)
@@ -330,9 +372,11 @@ class GroupService:
     ) -> Sequence[Reply | KvcmError | None]:
         self._stirred = True
         answers = self.engine.submit_waiting(waiting, ahead_bytes)
-        self.observer.note([request for request, _ in waiting], answers)
+        requests = [request for request, _ in waiting]
+        self.observer.note(requests, answers)
+        self.figures.answered(requests, answers)
         if self.engine.fenced:
-            self._on_end("a newer incarnation owns the index")
+            self._end_fenced()
         self.counters["waiting_tried"] += len(answers)
         self._preparer.started(answers, self.engine)
         return answers
@@ -371,6 +415,18 @@ class GroupService:
         report["observed"]["missing_requests"] = self.observer.dropped
         return report
 
+    def _statistics(self, instances: bool) -> dict[str, Any]:
+        report = self.figures.report(instances=instances)
+        report["gauges"] |= {"waiting_writes": len(self._waiting), "inbox_requests": self._queued}
+        return report
+
+    def _hot_prefixes(self, depth: int, limit: int) -> dict[str, Any]:
+        self.observer.flush()
+        roots, looked, since_s = self.prefixes.tree(depth, limit)
+        there = self._ask(lambda: resident(self.engine, walk(roots))).result()
+        nodes = [to_json(root, there) for root in roots]
+        return {"group": self.name, "lookups": looked, "since_s": since_s, "nodes": nodes}
+
     def _stop_recording(self) -> dict[str, Any]:
         self.observer.flush(all_of_it=True)
         return self.recorder.stop()
@@ -389,7 +445,7 @@ class GroupService:
         self.advisor.weigh(self._block_bytes())
 
     def _block_bytes(self) -> dict[str, int]:
-        return {info.instance_id: info.block_bytes for info in self.engine.infos()}
+        return {info.instance_id: info.block_bytes for info in self.engine.instances.values()}
 
     def _registered(self) -> list[Any]:
         infos = self._view.instances().values()
@@ -404,7 +460,7 @@ class GroupService:
 
     def _follow_instances(self) -> None:
         registered = {info.instance_id: info for info in self._registered()}
-        for info in self.engine.infos():
+        for info in list(self.engine.instances.values()):
             if registered.get(info.instance_id, info).uid != info.uid or (info.instance_id not in registered):
                 self.engine.drop_instance(info)
         told = set(self.engine.broken)

@@ -65,6 +65,9 @@ class RegistryView:
     def accounts(self) -> dict[str, Account]:
         return self.contents().accounts
 
+    def accounts_required(self) -> bool:
+        return self.contents().access.required
+
     def reclaimer_settings(self) -> ReclaimerSettings:
         return self.contents().reclaimer or ReclaimerSettings()
 

@@ -130,7 +130,7 @@ def _lookup_figures(
 
 
 def _asking(options: argparse.Namespace) -> dict[str, Any]:
-    with connect(options.data_dir) as client:
+    with connect(options.data_dir, ray=True) as client:
         cache = client.register("hot", options.group, block_size=16, specs={"tp0": SMALL_BLOCK_BYTES})
         prompts = np.random.default_rng(7).integers(-(2**62), 2**62, (HOT_PROMPTS, KEYS))
         for keys in prompts:

@@ -51,14 +51,14 @@ def run(
     """
     instance = f"bench-http-{secrets.token_hex(4)}"
     with httpx.Client(base_url=url, timeout=30) as client:
-        _call(client, "registerInstance", _registration(group, instance))
+        call(client, "registerInstance", registration(group, instance))
         try:
-            block_keys = _write(client, instance, max(keys))
+            block_keys = write(client, instance, max(keys))
             rows = []
             for count in keys:
                 rows += _measure(client, url, instance, block_keys[:count], connections, seconds)
         finally:
-            _call(client, "removeInstance", {"instance_id": instance})
+            call(client, "removeInstance", {"instance_id": instance})
     return {"rows": rows}
 
 
@@ -83,8 +83,8 @@ def _measure(
     with _echo(len(answer.content)) as echo_port:
         echo_request = http_request(host, "/", body)
         for count in connections:
-            echo = _load("127.0.0.1", echo_port, echo_request, count, seconds)
-            row = _load(host, port, request, count, seconds)
+            echo = load("127.0.0.1", echo_port, echo_request, count, seconds)
+            row = load(host, port, request, count, seconds)
             rows.append(
                 {"keys": len(block_keys), "connections": count}
                 | row
@@ -93,7 +93,7 @@ def _measure(
     return rows
 
 
-def _load(host: str, port: int, request: bytes, connections: int, seconds: float) -> dict[str, Any]:
+def load(host: str, port: int, request: bytes, connections: int, seconds: float) -> dict[str, Any]:
     """Figures of one load, after a short one to warm up."""
     job = {
         "host": host,
@@ -110,10 +110,14 @@ def _load(host: str, port: int, request: bytes, connections: int, seconds: float
         )
         if done.returncode:
             raise Unavailable(f"load on {host}:{port} failed: {done.stderr.strip()[-300:]}")
-    result = json.loads(done.stdout)
+    return figures(json.loads(done.stdout), f"{host}:{port}", seconds)
+
+
+def figures(result: dict[str, Any], where: str, seconds: float) -> dict[str, Any]:
+    """Of what a load generator printed. Raises Unavailable if nothing was answered."""
     latencies = np.array(result["latencies_us"])
     if not len(latencies):
-        raise Unavailable(f"{host}:{port} answered no request within {seconds} s")
+        raise Unavailable(f"{where} answered no request within {seconds} s")
     return {
         "requests_per_s": round(result["requests"] / result["seconds"], 1),
         "p50_us": round(float(np.percentile(latencies, 50)), 1),
@@ -146,11 +150,11 @@ def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
     raise Unavailable("the echo server does not start")
 
 
-def _write(client: httpx.Client, instance: str, count: int) -> list[int]:
+def write(client: httpx.Client, instance: str, count: int) -> list[int]:
     """Register `count` blocks as written (their bytes do not matter here); their keys."""
     generator = np.random.default_rng(0)
     keys: list[int] = generator.integers(-(2**63), 2**63 - 1, count).tolist()
-    started = _call(
+    started = call(
         client,
         "startWriteCache",
         {"instance_id": instance, "block_keys": keys, "write_timeout_seconds": 60},
@@ -160,11 +164,11 @@ def _write(client: httpx.Client, instance: str, count: int) -> list[int]:
         "write_session_id": started["write_session_id"],
         "success_blocks": {"offset": len(started["locations"])},
     }
-    _call(client, "finishWriteCache", finish)
+    call(client, "finishWriteCache", finish)
     return keys
 
 
-def _registration(group: str, instance: str) -> dict[str, Any]:
+def registration(group: str, instance: str) -> dict[str, Any]:
     return {
         "instance_group": group,
         "instance_id": instance,
@@ -174,7 +178,7 @@ def _registration(group: str, instance: str) -> dict[str, Any]:
     }
 
 
-def _call(client: httpx.Client, name: str, request: dict[str, Any]) -> dict[str, Any]:
+def call(client: httpx.Client, name: str, request: dict[str, Any]) -> dict[str, Any]:
     try:
         answer: dict[str, Any] = client.post(f"/api/{name}", json=request).json()
     except httpx.TransportError as error:

@@ -177,7 +177,7 @@ def _data(path: str) -> int:
 def _writer(options: argparse.Namespace) -> dict[str, int]:
     chance = np.random.default_rng(options.seed)
     done = {"written_blocks": 0, "read_blocks": 0, "wrong_bytes": 0, "refused_puts": 0}
-    with connect(options.data_dir) as client:
+    with connect(options.data_dir, ray=True) as client:
         cache = client.register("soak", block_size=16, specs={"tp0": BLOCK_BYTES})
         print("ready", flush=True)
         sys.stdin.readline()

@@ -7,13 +7,15 @@
      │   ├─ GroupNotFound
      │   ├─ InstanceNotFound
      │   ├─ SessionNotFound
-     │   └─ AccountNotFound
+     │   ├─ AccountNotFound
+     │   └─ RecordingNotFound    the group is not recorded now
      ├─ Conflict
      │   ├─ AlreadyExists
      │   ├─ InstanceMismatch     same instance id, another shape
      │   ├─ VersionConflict
      │   ├─ InUse                refuse to remove what others still use
-     │   └─ UpgradeConflict      instances do not supersede one another like that
+     │   ├─ UpgradeConflict      instances do not supersede one another like that
+     │   └─ RecordingUnderWay    a group has one recording at a time
      ├─ LimitReached
      │   ├─ QuotaExceeded        a byte quota of the group
      │   ├─ KeyLimitReached      max_key_count of an instance
@@ -26,7 +28,12 @@
      ├─ Corrupt                  a record failed its checksum or a file is truncated
      ├─ Fenced                   a newer incarnation of this group owns the index
      ├─ Unavailable              the manager (or one actor) cannot be reached in time
-     └─ Unsupported
+     ├─ Unsupported
+     ├─ Refused                  the manager does not do this for this caller, or not now
+     │   ├─ Unauthenticated      no credentials, or wrong or expired ones
+     │   ├─ Forbidden            who asks is known and may not do this
+     │   └─ TooManyRequests      this caller asks faster than its limit
+     └─ InjectedFault            somebody asked for this failure through the debug API
 
 Each class carries a stable ``code`` (for scripts), the ``wire`` ErrorCode name of the HTTP and gRPC
 protocol, whether a retry can help, and a ``hint``: what to do about it. Errors cross process
@@ -122,6 +129,13 @@ class AccountNotFound(NotFound):
     hint = "listAccount shows the names."
 
 
+class RecordingNotFound(NotFound):
+    """The group is not being recorded."""
+
+    code = "KVCM-N006"
+    hint = "`kvcm trace list` shows the recordings that ended; `kvcm trace record` begins one."
+
+
 class Conflict(KvcmError):
     """The request contradicts the present state."""
 
@@ -161,6 +175,13 @@ class UpgradeConflict(Conflict):
 
     code = "KVCM-C005"
     hint = "`kvcm instance list` shows which instance supersedes which; only the newest can be rolled back."
+
+
+class RecordingUnderWay(Conflict):
+    """The group is being recorded already."""
+
+    code = "KVCM-C006"
+    hint = "`kvcm trace stop` ends the recording, `kvcm trace list` shows how far it is."
 
 
 class LimitReached(KvcmError):
@@ -249,3 +270,37 @@ class Unsupported(KvcmError):
     """Not supported by this manager."""
 
     code, wire = "KVCM-U002", "UNSUPPORTED"
+
+
+class Refused(KvcmError):
+    """The manager does not do this for this caller, or not now."""
+
+    code, wire = "KVCM-P000", "INVALID_ARGUMENT"
+
+
+class Unauthenticated(Refused):
+    """The request carries no credentials that this manager accepts."""
+
+    code = "KVCM-P001"
+    hint = "Give a token (--token-file, KVCM_TOKEN_FILE or `Authorization: Bearer ...`) or user and password."
+
+
+class Forbidden(Refused):
+    """The account may not do this."""
+
+    code = "KVCM-P002"
+    hint = "Use an account with the role admin, or one whose instance groups include this one."
+
+
+class TooManyRequests(Refused):
+    """The caller asks more often than its limit allows."""
+
+    code, retryable = "KVCM-P003", True
+    hint = "Wait as long as Retry-After says, or have the limit raised."
+
+
+class InjectedFault(KvcmError):
+    """A fault that was asked for through the debug API."""
+
+    code = "KVCM-D001"
+    hint = "Take the fault back (removeFault of the debug API), or start the manager without --debug-api."

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,10 +134,18 @@ class _Snapshot:
 # ---------------------------------------------------------------------------------- the whole
 
 
-def check(data_dir: str | os.PathLike[str], *, settle_s: float = SETTLE_S, deep: bool = False) -> FsckReport:
+def check(
+    data_dir: str | os.PathLike[str],
+    *,
+    settle_s: float = SETTLE_S,
+    deep: bool = False,
+    done: Callable[[FsckReport], None] = lambda _: None,
+) -> FsckReport:
     """Check everything of a data directory, beside its manager or without one.
 
-    `deep` also reads every payload and compares its checksum.
+    Args:
+        deep: also read every payload and compare its checksum.
+        done: called after each instance with the report so far.
 
     Raises:
         Unavailable: no manager was ever started there.
@@ -158,6 +166,7 @@ def check(data_dir: str | os.PathLike[str], *, settle_s: float = SETTLE_S, deep:
                 unreadable.add(info.uid)
                 continue
             _add(report, info, findings)
+            done(report)
             known |= findings.segments
         _check_strangers(view, adapters, known, unreadable, settle_s, report)
     finally:

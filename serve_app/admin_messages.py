@@ -14,6 +14,7 @@ from kvcm_ray.core.model import (
     Int32,
     Int64,
     StorageConfig,
+    Token,
 )
 from kvcm_ray.serve_app.messages import AdminHeader, Request
 
@@ -189,8 +190,19 @@ class ListInstanceInfoResponse(CommonResponse):
 @dataclass(frozen=True, slots=True)
 class AddAccountRequest(Request):
     user_name: str = ""
-    password: str = ""
+    password: str = ""  #: empty: the account has tokens only
     role: AccountRole = AccountRole.ROLE_USER
+    instance_groups: tuple[str, ...] = ()  #: additive: those that exist for a user; "*" for all
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateAccountRequest(Request):
+    """What is not set stays (additive)."""
+
+    user_name: str = ""
+    password: str = ""
+    role: AccountRole | None = None
+    instance_groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +213,45 @@ class DeleteAccountRequest(Request):
 @dataclass(frozen=True, slots=True)
 class ListAccountResponse(CommonResponse):
     accounts: tuple[Account, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CreateTokenRequest(Request):
+    """A secret that stands for an account (additive)."""
+
+    user_name: str = ""
+    label: str = ""  #: for people
+    lifetime_s: Int64 = 0  #: seconds; 0: 90 days
+    no_expiry: bool = False
+    metrics_only: bool = False  #: it reads /metrics and nothing else
+
+
+@dataclass(frozen=True, slots=True)
+class CreateTokenResponse(CommonResponse):
+    secret: str = ""  #: shown this once; only a hash of it is kept
+    token: Token | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeTokenRequest(Request):
+    token_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ListTokenResponse(CommonResponse):
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ListAuditRequest(Request):
+    """The last entries of the audit log (additive)."""
+
+    limit: Int32 = 0  #: 0: 100
+
+
+@dataclass(frozen=True, slots=True)
+class ListAuditResponse(CommonResponse):
+    entries: tuple[dict[str, Any], ...] = ()  #: oldest first; numbers here are JSON numbers
 
 
 # ---------------------------------------------------------------------------- the manager itself

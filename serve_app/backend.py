@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -34,7 +34,13 @@ TOUCHES_MAX = 4_096  #: look-ups that wait to be reported; those beyond either b
 TOUCH_PERIOD_S = 0.05
 ENCODERS_MAX = 4096
 READERS_MAX = 512  #: open indexes of this process
+DAMAGE_PERIOD_S = 5.0  #: how often damaged records that readers met are counted
 REFRESH_PERIOD_S = 0.5  #: how often a reader looks whether its index was replaced
+
+
+def unknown_instance(instance_id: str) -> InstanceNotFound:
+    """The one refusal of an instance that does not exist, or not for the caller."""
+    return InstanceNotFound(f"instance {instance_id!r} is not registered")
 
 
 class Backend(ABC):
@@ -54,6 +60,11 @@ class Backend(ABC):
         self._touched_keys = 0
         self._flushing: asyncio.Task[None] | None = None
         self.touches_dropped = 0
+
+        #: Takes (what, group, how many) for the metrics; see `metrics.Metrics.add`.
+        self.count: Callable[[str, str, int], None] = lambda what, group, many: None
+        self._damage: dict[str, int] = {}  #: damaged records that each reader has met and that were counted
+        self._damage_due_s = 0.0
 
     # ----------------------------------------------------------------------- reads without an RPC
 
@@ -97,7 +108,7 @@ class Backend(ABC):
             raise InstanceNotFound("instance_id is empty")
         info = self.view.instances().get(instance_id)
         if info is None:
-            raise InstanceNotFound(f"instance {instance_id!r} is not registered")
+            raise unknown_instance(instance_id)
         return info
 
     def group(self, name: str) -> InstanceGroup:
@@ -145,7 +156,7 @@ class Backend(ABC):
         """Report a look-up to the group of `info`, soon."""
         count = sum(len(keys) for keys in (touch.keys, touch.missed, touch.held) if keys is not None)
         if self._touched_keys + count > TOUCH_KEYS_MAX or len(self._touches) >= TOUCHES_MAX:
-            self.touches_dropped += 1
+            self._drop_touches(info.instance_group_name, 1)
             return
         self._touches.append((info.instance_group_name, touch))
         self._touched_keys += count
@@ -157,6 +168,9 @@ class Backend(ABC):
         while self._touches:
             await asyncio.sleep(TOUCH_PERIOD_S)
             await self._send_touches()
+            if time.monotonic() >= self._damage_due_s:
+                self._damage_due_s = time.monotonic() + DAMAGE_PERIOD_S
+                self.count_damage()
 
     async def _send_touches(self) -> None:
         """A report that cannot be sent is lost."""
@@ -168,7 +182,30 @@ class Backend(ABC):
             try:
                 await self.send_touches(group, touches)
             except KvcmError:
-                self.touches_dropped += len(touches)
+                self._drop_touches(group, len(touches))
+
+    def _drop_touches(self, group: str, many: int) -> None:
+        self.touches_dropped += many
+        self.count("dropped_reports", group, many)
+
+    def commits_seen(self) -> dict[str, int]:
+        """The last commit that this process sees, of each instance that it reads."""
+        seen = {}
+        for info in self.instances().values():
+            if (reader := self._readers.get(info.uid)) is not None:
+                with suppress(KvcmError):
+                    seen[info.instance_id] = reader.commit_seq()
+        return seen
+
+    def count_damage(self) -> None:
+        """Tell the metrics of damaged records that readers here met since the last time."""
+        for info in self.instances().values():
+            if (reader := self._readers.get(info.uid)) is None:
+                continue
+            met, known = reader.corrupt_records, self._damage.get(info.uid, 0)
+            if new := met if met < known else met - known:  # a reader that was opened again begins at 0
+                self.count("corrupt_records", info.instance_group_name, new)
+            self._damage[info.uid] = met
 
     @abstractmethod
     async def send_touches(self, group: str, touches: Sequence[Touch]) -> None:

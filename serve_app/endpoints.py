@@ -9,12 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 from kvcm_ray.serve_app import admin_messages as a
+from kvcm_ray.serve_app import debug_messages as d
+from kvcm_ray.serve_app import handlers_accounts as accounts
 from kvcm_ray.serve_app import handlers_admin as admin
 from kvcm_ray.serve_app import handlers_capacity as capacity
+from kvcm_ray.serve_app import handlers_debug as debug
 from kvcm_ray.serve_app import handlers_hot as hot
 from kvcm_ray.serve_app import handlers_meta as meta
+from kvcm_ray.serve_app import handlers_observe as observe
 from kvcm_ray.serve_app import handlers_traces as traces
 from kvcm_ray.serve_app import messages as m
+from kvcm_ray.serve_app import observe_messages as o
 from kvcm_ray.serve_app.endpoint import Endpoint, Handler
 
 _BLOCKS: dict[str, Any] = {"trace_id": "t", "instance_id": "i1", "block_keys": [1, 2, 3]}
@@ -92,6 +97,18 @@ META = (
         "TrimCache", m.TrimCacheRequest, m.MetaResponse, meta.trim_cache,
         "Cache trimmed successfully", "Failed to trim cache", about_blocks=True,
         example={"instance_id": "i1", "strategy": "TS_REMOVE_ALL_CACHE"},
+    ),
+    Endpoint(
+        "TouchCache", m.TouchCacheRequest, m.MetaResponse, hot.touch_cache,
+        "Look-ups reported successfully", "Failed to report look-ups", about_blocks=True,
+        example={
+            "trace_id": "t", "instance_id": "i1",
+            "look_ups": [{"block_keys": [1, 2], "missed_keys": [3]}],
+        },
+    ),
+    Endpoint(
+        "ExplainCache", o.ExplainCacheRequest, o.ExplainCacheResponse, observe.explain_cache,
+        "Cache explained successfully", "Failed to explain cache", about_blocks=True, example=_BLOCKS,
     ),
     Endpoint(
         "LeaseCache", m.LeaseCacheRequest, m.LeaseCacheResponse, capacity.lease_cache,
@@ -174,18 +191,41 @@ ADMIN = (
            "Instance removed successfully", "Failed to remove instance", {"instance_id": "i1"}),
     _admin("ListInstanceInfo", a.ListInstanceInfoRequest, a.ListInstanceInfoResponse,
            admin.list_instance_info, "", "", {"instance_group_name": ""}),
-    _admin("AddAccount", a.AddAccountRequest, a.CommonResponse, admin.add_account,
+    _admin("AddAccount", a.AddAccountRequest, a.CommonResponse, accounts.add_account,
            "Account added successfully", "Failed to add account",
-           {"user_name": "alice", "password": "secret", "role": "ROLE_USER"}),
-    _admin("DeleteAccount", a.DeleteAccountRequest, a.CommonResponse, admin.delete_account,
+           {"user_name": "alice", "password": "secret", "role": "ROLE_USER", "instance_groups": ["default"]}),
+    _admin("UpdateAccount", a.UpdateAccountRequest, a.CommonResponse, accounts.update_account,
+           "Account updated successfully", "Failed to update account",
+           {"user_name": "alice", "password": "another"}),
+    _admin("CreateToken", a.CreateTokenRequest, a.CreateTokenResponse, accounts.create_token,
+           "Token created successfully", "Failed to create token",
+           {"user_name": "alice", "label": "engine 1", "lifetime_s": "86400"}),
+    _admin("ListToken", m.Request, a.ListTokenResponse, accounts.list_token,
+           "Tokens listed successfully", "Failed to list tokens", {}),
+    _admin("RevokeToken", a.RevokeTokenRequest, a.CommonResponse, accounts.revoke_token,
+           "Token revoked successfully", "Failed to revoke token", {"token_id": "<from createToken>"}),
+    _admin("DeleteAccount", a.DeleteAccountRequest, a.CommonResponse, accounts.delete_account,
            "Account deleted successfully", "Failed to delete account", {"user_name": "alice"}),
-    _admin("ListAccount", m.Request, a.ListAccountResponse, admin.list_account,
+    _admin("ListAccount", m.Request, a.ListAccountResponse, accounts.list_account,
            "list account successfully", "Failed to list account", {}),
+    _admin("ListAudit", a.ListAuditRequest, a.ListAuditResponse, accounts.list_audit,
+           "Audit log retrieved successfully", "Failed to read the audit log", {"limit": 20}),
     _admin("GenConfigSnapshot", m.Request, a.ConfigSnapShotResponse, admin.gen_config_snapshot,
            "Config snapshot generated successfully", "Failed to generate config snapshot", {}),
     _admin("LoadConfigSnapshot", a.LoadConfigSnapshotRequest, a.CommonResponse,
            admin.load_config_snapshot, "Config snapshot loaded successfully",
            "Failed to load config snapshot", {"config_snapshot": "<from genConfigSnapshot>"}),
+    _admin("GetStatistics", o.GetStatisticsRequest, o.GetStatisticsResponse, observe.get_statistics,
+           "Statistics retrieved successfully", "Failed to get statistics", {"instance_group": ""}),
+    _admin("GetHistory", o.GetHistoryRequest, o.GetHistoryResponse, observe.get_history,
+           "History retrieved successfully", "Failed to get history",
+           {"instance_group": "default", "since_s": 0}),
+    _admin("GetEvents", o.GetEventsRequest, o.GetEventsResponse, observe.get_events,
+           "Events retrieved successfully", "Failed to get events",
+           {"instance_group": "default", "after_id": "0", "limit": 100}),
+    _admin("GetHotPrefixes", o.GetHotPrefixesRequest, o.GetHotPrefixesResponse, observe.get_hot_prefixes,
+           "Hot prefixes retrieved successfully", "Failed to get hot prefixes",
+           {"instance_group": "default", "depth": 8, "limit": 100}),
     _admin("GetMetrics", m.Request, a.GetMetricsResponse, admin.get_metrics,
            "Metrics retrieved successfully", "Failed to get metrics", {}),
     _admin("GetReclaimer", m.Request, a.ReclaimerResponse, capacity.get_reclaimer,
@@ -212,3 +252,20 @@ ADMIN = (
 )  # fmt: skip
 
 ENDPOINTS = HOT + META + ADMIN
+
+#: Served only by a manager that was started with it.
+DEBUG = (
+    Endpoint(
+        "InjectFault", d.InjectFaultRequest, a.CommonResponse, debug.inject_fault, "", "",
+        admin=True, debug=True,
+        example={"api_name": "GetCacheLocation", "fault_trigger_strategy": "ONCE", "trigger_at_call": 3},
+    ),
+    Endpoint(
+        "RemoveFault", d.RemoveFaultRequest, a.CommonResponse, debug.remove_fault, "", "",
+        admin=True, debug=True, example={"api_name": "GetCacheLocation"},
+    ),
+    Endpoint(
+        "ClearFaults", m.Request, a.CommonResponse, debug.clear_faults, "Clear faults successfully", "",
+        admin=True, debug=True, example={},
+    ),
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The admin API: storages, groups, instances, accounts, and the manager itself."""
+"""The admin API: storages, groups, instances, and the manager itself."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import logging
 import time
 from typing import Any
 
-from kvcm_ray.core.model import AccountRole, InstanceGroup
-from kvcm_ray.errors import InvalidArgument, KvcmError, Unsupported
+from kvcm_ray.core.model import InstanceGroup
+from kvcm_ray.errors import InvalidArgument, Unsupported
 from kvcm_ray.serve_app import admin_messages as a
 from kvcm_ray.serve_app.endpoint import Call
 from kvcm_ray.serve_app.handlers_meta import shown
@@ -18,7 +18,8 @@ from kvcm_ray.serve_app.validation import check_group, check_storage, require
 _LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.INFO, "WARN": logging.WARNING}
 _LEVELS["ERROR"] = logging.ERROR
 #: What reclaiming has done since the group's actor started; the rest of its numbers are levels.
-_RECLAIM_COUNTERS = ("evicted", "expired", "retired", "demoted", "promoted", "drained")
+_RECLAIM_COUNTERS = ("demoted_blocks", "promoted_blocks", "drained_blocks", "failed_moves")
+_RECLAIM_GAUGES = ("paused", "moves_in_flight", "promotions_waiting", "trash_records")
 _NO_ELECTION = "this manager holds no leader election: group actors are fenced one by one"
 
 
@@ -64,6 +65,9 @@ async def remove_storage(call: Call) -> dict[str, Any]:
 
 async def list_storage(call: Call) -> dict[str, Any]:
     storages = [s for _, s in sorted(call.backend.storages().items())]
+    if call.caller.groups is not None:
+        used = {name for group in call.backend.groups().values() for name in group.storage_candidates}
+        storages = [s for s in storages if s.global_unique_name in used]
     states = tuple(
         a.StorageState(s.global_unique_name, s.is_available, s.is_draining)
         for s in storages
@@ -123,27 +127,6 @@ async def list_instance_info(call: Call) -> dict[str, Any]:
     instances = [i for _, i in sorted(call.backend.instances().items())]
     chosen = (i for i in instances if wanted in ("", i.instance_group_name))
     return {"instance_info": tuple(shown(i) for i in chosen)}
-
-
-# ------------------------------------------------------------------------------------- accounts
-
-
-async def add_account(call: Call) -> dict[str, Any]:
-    request: a.AddAccountRequest = call.request
-    require("AddAccount", request, "user_name")
-    role = request.role if request.role in set(AccountRole) else AccountRole.ROLE_USER
-    await call.backend.registry("add_account", request.user_name, request.password, role)
-    return {}
-
-
-async def delete_account(call: Call) -> dict[str, Any]:
-    require("DeleteAccount", call.request, "user_name")
-    await call.backend.registry("delete_account", call.request.user_name)
-    return {}
-
-
-async def list_account(call: Call) -> dict[str, Any]:
-    return {"accounts": tuple(await call.backend.registry("list_accounts"))}
 
 
 # ---------------------------------------------------------------------------- the manager itself
@@ -206,13 +189,16 @@ async def update_logger(call: Call) -> dict[str, Any]:
 
 
 async def get_metrics(call: Call) -> dict[str, Any]:
-    metrics = [m for s, c in call.metrics.totals().items() for m in _service_metrics(s, c)]
+    """The protocol's metrics, of what the caller may see; from the same figures as ``GET /metrics``."""
+    totals = call.metrics.totals().items()
+    metrics = [m for s, c in totals if call.caller.sees(s.group) for m in _service_metrics(s, c)]
+    assert call.figures is not None
+    groups = (await call.figures.read(fresh_s=0.0)).groups
     for name in sorted(call.backend.groups()):
-        try:
-            metrics += _group_metrics(name, await call.backend.ask(name, "usage"))
-        except KvcmError as error:
-            logging.getLogger(__name__).warning("no usage of group %s: %s", name, error)
-            metrics.append(_gauge("cache_manager_group.available", 0, instance_group=name))
+        report = groups.get(name)
+        metrics.append(_gauge("cache_manager_group.available", int(report is not None), instance_group=name))
+        if report is not None:
+            metrics += _group_metrics(name, report)
     return {"timestamp": time.time_ns() // 1_000_000, "metrics": tuple(metrics)}
 
 
@@ -228,26 +214,29 @@ def _service_metrics(series: Series, counts: Counts) -> list[a.Metric]:
     ]
 
 
-def _group_metrics(name: str, usage: dict[str, Any]) -> list[a.Metric]:
-    """Every number that the group knows, under its own name."""
-    metrics = [_gauge("cache_manager_group.available", 1, instance_group=name)]
-    quota, used = usage.get("quota_bytes", 0), usage.get("used_bytes", 0)
+def _group_metrics(name: str, report: dict[str, Any]) -> list[a.Metric]:
+    """Every number that the group reports, under its own name."""
+    gauges, counters = report["gauges"], report["counters"]
+    quota = gauges["quota_bytes"]
+    values = {**gauges, "hit_blocks": counters["hit_blocks"], "lookup_blocks": counters["lookup_blocks"]}
     if quota > 0:
-        ratio = used / quota
-        metrics.append(_gauge("cache_manager_group.usage_ratio", ratio, instance_group=name))
-    for key, value in usage.items():
-        if isinstance(value, bool | int | float):
-            metrics.append(_gauge(f"cache_manager_group.{key}", float(value), instance_group=name))
-    return metrics + _reclaim_metrics(name, usage.get("reclaim", {}))
+        values["usage_ratio"] = gauges["used_bytes"] / quota
+    metrics = [_gauge(f"cache_manager_group.{k}", v, instance_group=name) for k, v in values.items()]
+    return metrics + _reclaim_metrics(name, gauges, counters)
 
 
-def _reclaim_metrics(name: str, reclaim: dict[str, Any]) -> list[a.Metric]:
-    counted = {f"{what}_blocks" for what in _RECLAIM_COUNTERS} | {"failed_moves"}
+def _reclaim_metrics(name: str, gauges: dict[str, Any], counters: dict[str, Any]) -> list[a.Metric]:
+    by_reason = counters["evicted_blocks_by_reason"]
+    others = {reason: by_reason.get(reason, 0) for reason in ("expired", "retired")}
+    counted = {
+        "evicted_blocks": counters["evicted_blocks"] - sum(others.values()),
+        **{f"{reason}_blocks": blocks for reason, blocks in others.items()},
+        **{key: counters[key] for key in _RECLAIM_COUNTERS},
+    }
+    levels = {key: gauges[key] for key in _RECLAIM_GAUGES}
     return [
-        _counter(f"cache_reclaimer.{key}", int(value), instance_group=name)
-        if key in counted
-        else _gauge(f"cache_reclaimer.{key}", float(value), instance_group=name)
-        for key, value in reclaim.items()
+        *(_counter(f"cache_reclaimer.{key}", value, instance_group=name) for key, value in counted.items()),
+        *(_gauge(f"cache_reclaimer.{key}", value, instance_group=name) for key, value in levels.items()),
     ]
 
 

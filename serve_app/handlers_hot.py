@@ -1,6 +1,6 @@
-"""The calls that every prompt makes: getCacheLocation, startWriteCache, finishWriteCache.
+"""The calls that every prompt makes: getCacheLocation, startWriteCache, finishWriteCache, touchCache.
 
-Their answers are assembled as bytes (`locations`), and getCacheLocation asks no other process. A
+Their locations are written by the transport (`locations`), and getCacheLocation asks no other process. A
 location on a storage that is disabled or not registered any more is a miss.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcm_ray.core.limits import SESSION_TIMEOUT_MAX_MS
+from kvcm_ray.core.limits import KEYS_PER_CALL_MAX, LOOK_UPS_PER_TOUCH_MAX, SESSION_TIMEOUT_MAX_MS
 from kvcm_ray.core.mask import BlockMask
 from kvcm_ray.core.match import last_window
 from kvcm_ray.core.requests import (
@@ -28,8 +28,7 @@ from kvcm_ray.errors import InvalidArgument
 from kvcm_ray.serve_app import messages as m
 from kvcm_ray.serve_app.endpoint import Call, because
 from kvcm_ray.serve_app.handlers_meta import keys_of
-from kvcm_ray.serve_app.locations import usable_storages
-from kvcm_ray.serve_app.protojson import dumps, encode
+from kvcm_ray.serve_app.locations import Located, usable_storages
 from kvcm_ray.serve_app.validation import require, require_blocks
 
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -48,27 +47,27 @@ def new_session_id() -> str:
 # ------------------------------------------------------------------------------ getCacheLocation
 
 
-async def get_cache_location(call: Call) -> bytes:
+async def get_cache_location(call: Call) -> dict[str, Any]:
     request: m.GetCacheLocationRequest = call.request
     require_blocks("GetCacheLocation", request)
     keys = await keys_of(call.instance, request)
     if request.query_type == m.QueryType.QT_PREFIX_MATCH:
-        inside = _prefix_match(call, request, keys)
+        found = _prefix_match(call, request, keys)
     elif request.query_type == m.QueryType.QT_BATCH_GET:
-        hits, found = _lookup(call, keys)
+        hits, where = _lookup(call, keys)
         _touch(call, keys[hits], len(keys), chained=False)
-        inside = _encode(call, found, hits)
+        found = _located(call, where, hits)
     elif request.query_type == m.QueryType.QT_REVERSE_ROLL_SW_MATCH:
-        inside = _window_match(call, request, keys)
+        found = _window_match(call, request, keys)
     else:
         raise InvalidArgument(
             f"query_type {int(request.query_type)} is none of QT_BATCH_GET, QT_PREFIX_MATCH, "
             "QT_REVERSE_ROLL_SW_MATCH"
         )
-    return b',"locations":[' + inside + b"]"
+    return {"locations": found}
 
 
-def _prefix_match(call: Call, request: m.GetCacheLocationRequest, keys: Keys) -> bytes:
+def _prefix_match(call: Call, request: m.GetCacheLocationRequest, keys: Keys) -> Located:
     held: Keys | None = None
     whole = True  #: what is asked for is the prompt from some block on
     if request.block_mask is not None:
@@ -79,19 +78,20 @@ def _prefix_match(call: Call, request: m.GetCacheLocationRequest, keys: Keys) ->
     reader = call.backend.reader(call.instance)
     found = reader.match(keys).locations
     encoder = call.backend.encoder(call.instance)
-    inside, length = encoder.encode_prefix(found, reader.segment, call.storages, request.location_spec_names)
+    readable = encoder.prefix(found, reader.segment, call.storages, request.location_spec_names)
+    length = len(readable)
     if whole:
         _touch(call, keys[:length], len(keys), missed=keys[length:], held=held, time_s=time.time())
     else:
         _touch(call, keys[:length], len(keys))
-    return inside
+    return readable
 
 
 def _touch(call: Call, keys: Keys, lookups: int, **prompt: Any) -> None:
     call.backend.touch(call.instance, Touch(call.instance.instance_id, keys, lookups, **prompt))
 
 
-def _window_match(call: Call, request: m.GetCacheLocationRequest, keys: Keys) -> bytes:
+def _window_match(call: Call, request: m.GetCacheLocationRequest, keys: Keys) -> Located:
     size = request.sw_size
     if not 1 <= size <= len(keys):
         reason = f"sw_size {size} is not within 1..{len(keys)} (the number of keys)"
@@ -102,7 +102,7 @@ def _window_match(call: Call, request: m.GetCacheLocationRequest, keys: Keys) ->
     if start is not None:
         chosen[start : start + size] = True
     _touch(call, keys[chosen], len(keys))
-    return _encode(call, found, chosen)
+    return _located(call, found, chosen)
 
 
 def _lookup(call: Call, keys: Keys) -> tuple[Flags, BlockLocations]:
@@ -120,17 +120,51 @@ def _usable(call: Call, locations: BlockLocations) -> Flags:
     return call.backend.encoder(call.instance).usable(locations, source, names)
 
 
-def _encode(call: Call, locations: BlockLocations, present: Flags | None) -> bytes:
+def _located(call: Call, locations: BlockLocations, present: Flags) -> Located:
     source = call.backend.reader(call.instance).segment
     encoder = call.backend.encoder(call.instance)
     names: tuple[str, ...] = call.request.location_spec_names
-    return encoder.encode(locations, present, source, call.storages, names)
+    return encoder.all(locations, present, source, call.storages, names)
+
+
+# ------------------------------------------------------------------------------------ touchCache
+
+
+async def touch_cache(call: Call) -> dict[str, Any]:
+    """Answered when the group knows, so that a reader can wait for that."""
+    request: m.TouchCacheRequest = call.request
+    require("TouchCache", request, "look_ups")
+    if len(request.look_ups) > LOOK_UPS_PER_TOUCH_MAX:
+        reason = f"{len(request.look_ups)} look_ups, at most {LOOK_UPS_PER_TOUCH_MAX} are allowed"
+        raise InvalidArgument(reason)
+    touches = [_reported(call.instance.instance_id, look_up) for look_up in request.look_ups]
+    blocks = sum(t.lookups for t in touches) + sum(len(each.held_keys) for each in request.look_ups)
+    if blocks > KEYS_PER_CALL_MAX:
+        raise InvalidArgument(f"look_ups of {blocks} blocks, at most {KEYS_PER_CALL_MAX} are allowed")
+    await call.backend.send_touches(call.instance.instance_group_name, touches)
+    return {}
+
+
+def _reported(instance_id: str, look_up: m.LookUp) -> Touch:
+    found, time_s = look_up.block_keys, max(0, look_up.time_us) / 1e6
+    if look_up.query_type in (m.QueryType.QT_UNSPECIFIED, m.QueryType.QT_PREFIX_MATCH):
+        held = look_up.held_keys if len(look_up.held_keys) else None
+        lookups = len(found) + len(look_up.missed_keys)
+        return Touch(
+            instance_id, found, lookups, missed=look_up.missed_keys, held=held, time_s=time_s
+        )
+    if look_up.query_type not in set(m.QueryType):
+        raise InvalidArgument(f"query_type {int(look_up.query_type)} is no QueryType")
+    if look_up.asked_blocks < len(found):
+        raise InvalidArgument(f"asked_blocks {look_up.asked_blocks} is less than the {len(found)} found")
+    chained = look_up.query_type == m.QueryType.QT_REVERSE_ROLL_SW_MATCH
+    return Touch(instance_id, found, look_up.asked_blocks, chained=chained, time_s=time_s)
 
 
 # ------------------------------------------------------------------------------- startWriteCache
 
 
-async def start_write_cache(call: Call) -> bytes:
+async def start_write_cache(call: Call) -> dict[str, Any]:
     request: m.StartWriteCacheRequest = call.request
     require_blocks("StartWriteCache", request)
     keys = await keys_of(call.instance, request)
@@ -151,16 +185,12 @@ async def start_write_cache(call: Call) -> bytes:
         ),
     )
     assert isinstance(started, WriteStarted)
-    return _started_tail(call, started)
-
-
-def _started_tail(call: Call, started: WriteStarted) -> bytes:
-    segments = started.segments
     encoder = call.backend.encoder(call.instance)
-    inside = encoder.encode(started.locations, None, segments.get, call.storages)
-    mask = encode(m.BlockMask.from_core(BlockMask.from_flags(started.exists)))
-    session = dumps(started.session_id)
-    return b',"write_session_id":%s,"block_mask":%s,"locations":[%s]' % (session, mask, inside)
+    return {
+        "write_session_id": started.session_id,
+        "block_mask": m.BlockMask.from_core(BlockMask.from_flags(started.exists)),
+        "locations": encoder.all(started.locations, None, started.segments.get, call.storages),
+    }
 
 
 # ------------------------------------------------------------------------------ finishWriteCache

@@ -1,6 +1,7 @@
-"""CacheLocation objects as response bytes, assembled from pieces that are encoded once per segment.
+"""The ``locations`` of an answer: found here, written by its transport from pieces made once a segment.
 
-A thousand locations cost a few dictionary look-ups and one join: everything around slot and
+`LocationEncoder` finds them, `Located` holds them, a `Form` writes them: `JSON` here, protobuf in
+`grpc.locations`. A thousand locations cost a few dictionary look-ups and one join: everything around slot and
 generation is constant within a segment and prepared as bytes, the numbers come from a table.
 Segment ids are never reused within an instance, so pieces stay valid until the storage's
 configuration changes.
@@ -12,8 +13,10 @@ configuration changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -47,13 +50,63 @@ def usable_storages(storages: Storages) -> set[str]:
     return {name for name, storage in storages.items() if storage.is_available}
 
 
+class Form(Protocol):
+    """How a transport writes locations."""
+
+    separator: bytes
+
+    def prepare(self, segment: Segment, storage: StorageConfig, names: tuple[str, ...]) -> Any:
+        """What all locations of a segment share; remembered."""
+
+    def fill(
+        self, prepared: Any, slots: npt.NDArray[np.uint32], generations: npt.NDArray[np.uint32]
+    ) -> bytes:
+        """These locations, with the separator between them."""
+
+    def plain(self, location: CacheLocation) -> bytes: ...
+
+
+class Stretch(NamedTuple):
+    """Successive locations in one segment; without a segment: blocks that are not there."""
+
+    length: int
+    segment: Segment | None = None
+    storage: StorageConfig | None = None
+    slots: npt.NDArray[np.uint32] | None = None
+    generations: npt.NDArray[np.uint32] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """The ``locations`` of an answer, which its transport writes."""
+
+    encoder: LocationEncoder
+    stretches: list[Stretch]
+    spec_names: tuple[str, ...]  #: only these specs; empty = all
+
+    def __len__(self) -> int:
+        return sum(stretch.length for stretch in self.stretches)
+
+    def encode(self, form: Form) -> bytes:
+        """The locations, separated, in this form."""
+        return form.separator.join([self._written(form, s) for s in self.stretches])
+
+    def _written(self, form: Form, stretch: Stretch) -> bytes:
+        if stretch.segment is None:
+            empty = form.plain(self.encoder.placeholder(self.spec_names))
+            return form.separator.join([empty] * stretch.length)
+        assert stretch.storage is not None
+        prepared = self.encoder.prepared(form, stretch.segment, stretch.storage, self.spec_names)
+        return form.fill(prepared, stretch.slots, stretch.generations)  # type: ignore[arg-type]
+
+
 class LocationEncoder:
-    """Encodes locations of one instance (one registration of it)."""
+    """What is known about locations of one instance (one registration of it)."""
 
     def __init__(self, info: InstanceInfo) -> None:
         self._info = info
         self._segments: dict[int, Segment] = {}
-        self._pieces: dict[tuple[int, tuple[str, ...]], tuple[StorageConfig, Pieces]] = {}
+        self._prepared: dict[tuple[int, int, tuple[str, ...]], tuple[StorageConfig, Any]] = {}
 
     def usable(self, locations: BlockLocations, source: SegmentSource, storages: set[str]) -> Flags:
         """Which locations lie in a segment that we know, on one of these storages."""
@@ -63,23 +116,22 @@ class LocationEncoder:
             flags[start:stop] = segment is not None and segment.storage in storages
         return flags
 
-    def encode_prefix(
+    def prefix(
         self,
         locations: BlockLocations,
         source: SegmentSource,
         storages: Storages,
         spec_names: tuple[str, ...] = (),
-    ) -> tuple[bytes, int]:
-        """The locations before the first that nobody can read, and how many these are."""
-        parts: list[bytes] = []
+    ) -> Located:
+        """The locations before the first that nobody can read."""
+        stretches: list[Stretch] = []
         for start, stop, segment_id in runs(locations.segment.tolist()):
             segment = self.segment(segment_id, source)
             storage = storages.get(segment.storage) if segment else None
             if segment is None or storage is None or not storage.is_available:
-                return b",".join(parts), start
-            pieces = self._pieces_of(segment, storage, spec_names)
-            parts.append(_fill(pieces, locations.slot[start:stop], locations.generation[start:stop]))
-        return b",".join(parts), len(locations)
+                break
+            stretches.append(_stretch(segment, storage, locations, start, stop))
+        return Located(self, stretches, spec_names)
 
     def segment(self, segment_id: int, source: SegmentSource) -> Segment | None:
         """A segment by its number, remembered: a segment never changes."""
@@ -92,67 +144,92 @@ class LocationEncoder:
                 self._segments[segment_id] = known
         return known
 
-    def encode(
+    def all(
         self,
         locations: BlockLocations,
         present: Flags | None,
         source: SegmentSource,
         storages: Storages,
         spec_names: tuple[str, ...] = (),
-    ) -> bytes:
-        """The inside of a ``locations`` array; a placeholder where `present` is False."""
+    ) -> Located:
+        """All of them; a placeholder where `present` is False."""
         segments = locations.segment.astype(np.int64)
         if present is not None:
             segments[~present] = -1
-        parts = []
-        empty = self.placeholder(spec_names) if present is not None else b""
+        stretches = []
         for start, stop, segment_id in runs(segments.tolist()):
             if segment_id < 0:
-                parts.append(b",".join([empty] * (stop - start)))
+                stretches.append(Stretch(stop - start))
                 continue
             segment = self.segment(segment_id, source)
             assert segment is not None, "callers ask `usable` first"
-            pieces = self._pieces_of(segment, storages[segment.storage], spec_names)
-            slots, generations = locations.slot[start:stop], locations.generation[start:stop]
-            parts.append(_fill(pieces, slots, generations))
-        return b",".join(parts)
+            stretches.append(_stretch(segment, storages[segment.storage], locations, start, stop))
+        return Located(self, stretches, spec_names)
 
-    def placeholder(self, spec_names: tuple[str, ...] = ()) -> bytes:
+    def placeholder(self, spec_names: tuple[str, ...] = ()) -> CacheLocation:
         """The location of a block that is not there: every spec with an empty URI."""
-        specs = _chosen(self._info.location_spec_infos, spec_names)
-        location = CacheLocation(
+        specs = chosen(self._info.location_spec_infos, spec_names)
+        return CacheLocation(
             spec_size=len(self._info.location_spec_infos),
             location_specs=tuple(LocationSpec(spec.name) for spec in specs),
         )
-        return encode(location)
 
-    def _pieces_of(self, segment: Segment, storage: StorageConfig, spec_names: tuple[str, ...]) -> Pieces:
-        key = (segment.segment_id, spec_names)
-        known = self._pieces.get(key)
+    def prepared(
+        self, form: Form, segment: Segment, storage: StorageConfig, spec_names: tuple[str, ...]
+    ) -> Any:
+        """What `form` prepared for a segment, as long as its storage is the same."""
+        key = (id(form), segment.segment_id, spec_names)
+        known = self._prepared.get(key)
         if known is None or (known[0] is not storage and known[0] != storage):
-            if len(self._pieces) >= _PIECES_MAX:
-                self._pieces.clear()
-            known = self._pieces[key] = (storage, _encode_pieces(segment, storage, spec_names))
+            if len(self._prepared) >= _PIECES_MAX:
+                self._prepared.clear()
+            known = self._prepared[key] = (storage, form.prepare(segment, storage, spec_names))
         return known[1]
 
 
-def _chosen(specs: tuple[LocationSpecInfo, ...], names: tuple[str, ...]) -> tuple[LocationSpecInfo, ...]:
+def _stretch(
+    segment: Segment, storage: StorageConfig, locations: BlockLocations, start: int, stop: int
+) -> Stretch:
+    slots, generations = locations.slot[start:stop], locations.generation[start:stop]
+    return Stretch(stop - start, segment, storage, slots, generations)
+
+
+def chosen(specs: tuple[LocationSpecInfo, ...], names: tuple[str, ...]) -> tuple[LocationSpecInfo, ...]:
     return tuple(s for s in specs if s.name in names) if names else specs
 
 
-def _encode_pieces(segment: Segment, storage: StorageConfig, names: tuple[str, ...]) -> Pieces:
-    head = b'{"type":"%s","spec_size":%d,"location_specs":[' % (
-        storage.storage_type.name.encode(),
-        len(segment.specs),
-    )
-    pieces = [head]
-    for spec in _chosen(segment.specs, names):
-        before, between, after = uri_parts(storage, segment, spec.name, spec.size)
-        comma = b"," if len(pieces) > 1 else b""
-        pieces[-1] += comma + b'{"name":' + dumps(spec.name) + b',"uri":"' + _inner(before)
-        pieces += [_inner(between), _inner(after) + b'"}']
-    pieces[-1] += b"]}"
-    return pieces
+# ------------------------------------------------------------------------------------------- JSON
+
+
+class _Json:
+    """Locations as elements of a JSON array."""
+
+    separator = b","
+
+    def prepare(self, segment: Segment, storage: StorageConfig, names: tuple[str, ...]) -> Pieces:
+        head = b'{"type":"%s","spec_size":%d,"location_specs":[' % (
+            storage.storage_type.name.encode(),
+            len(segment.specs),
+        )
+        pieces = [head]
+        for spec in chosen(segment.specs, names):
+            before, between, after = uri_parts(storage, segment, spec.name, spec.size)
+            comma = b"," if len(pieces) > 1 else b""
+            pieces[-1] += comma + b'{"name":' + dumps(spec.name) + b',"uri":"' + _inner(before)
+            pieces += [_inner(between), _inner(after) + b'"}']
+        pieces[-1] += b"]}"
+        return pieces
+
+    def fill(
+        self, prepared: Pieces, slots: npt.NDArray[np.uint32], generations: npt.NDArray[np.uint32]
+    ) -> bytes:
+        return _fill(prepared, slots, generations)
+
+    def plain(self, location: CacheLocation) -> bytes:
+        return encode(location)
+
+
+JSON: Form = _Json()
 
 
 def _inner(text: str) -> bytes:
@@ -160,7 +237,8 @@ def _inner(text: str) -> bytes:
     return dumps(text)[1:-1]
 
 
-def _texts(numbers: npt.NDArray[np.uint32]) -> list[bytes]:
+def digits(numbers: npt.NDArray[np.uint32]) -> list[bytes]:
+    """Numbers as decimal text."""
     values = numbers.tolist()
     if len(values) > 1 and max(values) < len(_NUMBERS):
         return list(itemgetter(*values)(_NUMBERS))
@@ -172,7 +250,7 @@ def _fill(pieces: Pieces, slots: npt.NDArray[np.uint32], generations: npt.NDArra
     count, columns = len(slots), len(pieces) - 1
     if not columns:
         return b",".join([pieces[0]] * count)
-    slot_texts, generation_texts = _texts(slots), _texts(generations)
+    slot_texts, generation_texts = digits(slots), digits(generations)
     row = [pieces[-1] + b"," + pieces[0], *pieces[1:-1]]  # the row before ends inside its successor
     cells: list[bytes] = [b""] * (count * columns * 2)
     for column, piece in enumerate(row):

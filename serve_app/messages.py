@@ -186,6 +186,30 @@ class GetCacheLocationResponse(MetaResponse):
 
 
 @dataclass(frozen=True, slots=True)
+class LookUp:
+    """A look-up that a reader made by itself, as it would have asked getCacheLocation (additive).
+
+    QT_PREFIX_MATCH (also for unset): the prompt's keys are `held_keys`, `block_keys`, `missed_keys`, in
+    this order. The other queries: `block_keys` were found among `asked_blocks`.
+    """
+
+    query_type: QueryType = QueryType.QT_UNSPECIFIED
+    block_keys: Int64Array = field(default_factory=_no_numbers)  #: that were found, in order
+    missed_keys: Int64Array = field(default_factory=_no_numbers)  #: that were asked for behind them
+    held_keys: Int64Array = field(default_factory=_no_numbers)  #: the reader's own, before them
+    asked_blocks: Int32 = 0
+    time_us: Int64 = 0  #: unix time of the look-up in microseconds; 0 = now
+
+
+@dataclass(frozen=True, slots=True)
+class TouchCacheRequest(Request):
+    """Report look-ups, so that they count as hits and keep blocks from being evicted (additive)."""
+
+    instance_id: str = ""
+    look_ups: tuple[LookUp, ...] = ()  #: in the order they were made
+
+
+@dataclass(frozen=True, slots=True)
 class GetCacheMetaRequest(BlocksRequest):
     block_mask: BlockMask | None = None
     detail_level: Int32 = 0  #: 2 and above add written_s to each meta (additive)

@@ -7,11 +7,33 @@ means: drop the record, and remove the files after the commit. The reply goes ou
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from kvcm_ray.core.model import Segment
 from kvcm_ray.core.records import PinRecord, SessionRecord, TrashRecord, pack_answer
 from kvcm_ray.core.requests import BlockLocations, Keys, Removed, Reply, WriteFinished
 from kvcm_ray.errors import KvcmError
+
+
+class Why(StrEnum):
+    """Why blocks go."""
+
+    REMOVED = "removed"  #: somebody asked for it
+    QUOTA = "quota"  #: the group is above its mark, or a write waits for room
+    TIER = "tier"  #: their tier is
+    KEYS = "keys"  #: their instance has too many blocks
+    EXPIRED = "expired"  #: nobody used them for the group's time to live
+    RETIRED = "retired"  #: their instance is being replaced
+    DRAINED = "drained"  #: their storage is to become empty, or is registered no more
+    UNREADABLE = "unreadable"  #: their bytes could not be read when they were to be moved
+
+
+class Moved(StrEnum):
+    """Why blocks change their storage."""
+
+    DEMOTED = "demoted"
+    PROMOTED = "promoted"
+    DRAINED = "drained"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +60,8 @@ class PutSession:
 class DropSession:
     instance_id: str
     session_id: str
+    expired: bool = False  #: nobody ended it in time
+    blocks: int = 0  #: distinct ones that it held
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +81,9 @@ class DropBlocks:
 
     instance_id: str
     keys: Keys  #: distinct, all of them in the index
+    why: Why = Why.REMOVED
+    nbytes: int = 0  #: payload of all their locations
+    needed_bytes: int = 0  #: what was to be freed, of which they are a part
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +93,9 @@ class MoveBlocks:
     instance_id: str
     keys: Keys  #: distinct, all of them in the index
     locations: BlockLocations
+    moved: Moved = Moved.DEMOTED
+    nbytes: int = 0  #: payload
+    storage: str = ""  #: where they are now
 
 
 @dataclass(frozen=True, slots=True)

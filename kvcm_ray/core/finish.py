@@ -74,18 +74,18 @@ def expire_sessions(ledger: Ledger, event: Tick) -> Outcome:
             break
     effects: list[Effect] = []
     for instance_id, sessions in ended.items():
-        effects += drop_sessions(ledger, ledger.instances[instance_id], sessions, event.now_ms)
+        effects += drop_sessions(ledger, ledger.instances[instance_id], sessions, event.now_ms, expired=True)
     return Outcome(None, effects)
 
 
 def drop_sessions(
-    ledger: Ledger, instance: Instance, sessions: Sequence[Session], now_ms: int
+    ledger: Ledger, instance: Instance, sessions: Sequence[Session], now_ms: int, *, expired: bool = False
 ) -> list[Effect]:
     """Forget sessions (out of the table already) whose writers may still be at it for a moment.
 
     All their blocks go to the trash together: thousands of sessions can end at one time.
     """
-    effects: list[Effect] = [_forget(ledger, instance, session) for session in sessions]
+    effects: list[Effect] = [_forget(ledger, instance, session, expired) for session in sessions]
     locations = BlockLocations.joined([session.locations for session in sessions])
     for storage, nbytes in instance.segments.bytes_by_storage(locations).items():
         ledger.quota.commit(ledger.kind_of(storage), nbytes)
@@ -109,7 +109,7 @@ def end_session(
     return effects
 
 
-def _forget(ledger: Ledger, instance: Instance, session: Session) -> DropSession:
+def _forget(ledger: Ledger, instance: Instance, session: Session, expired: bool = False) -> DropSession:
     """Keep its answer, free its keys; its bytes and slots are the caller's business."""
     record = session.record
     ledger.answers.remember(record.instance_id, record.event_id, started(instance, record))
@@ -119,7 +119,7 @@ def _forget(ledger: Ledger, instance: Instance, session: Session) -> DropSession
             del writing[key]
     if record.kind is not SessionKind.WRITE:
         release(ledger, session)
-    return DropSession(record.instance_id, record.session_id)
+    return DropSession(record.instance_id, record.session_id, expired, len(session.keys))
 
 
 def _add_blocks(

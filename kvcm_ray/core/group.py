@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from kvcm_ray.core.block import BlockState
-from kvcm_ray.core.blocks import Ids
+from kvcm_ray.core.blocks import NO_IDS, Ids
 from kvcm_ray.core.drain import follow_types
 from kvcm_ray.core.effects import Outcome
 from kvcm_ray.core.events import (
@@ -43,7 +43,7 @@ from kvcm_ray.core.eviction import make_policy
 from kvcm_ray.core.finish import expire_sessions, finish_write
 from kvcm_ray.core.holds import lease, pin, unpin
 from kvcm_ray.core.inflight import enlist, release, still_there
-from kvcm_ray.core.ledger import Instance, Ledger
+from kvcm_ray.core.ledger import KINDS, Instance, Ledger
 from kvcm_ray.core.limits import PROMOTIONS_WAITING_MAX
 from kvcm_ray.core.marks import policy_of
 from kvcm_ray.core.model import InstanceGroup, InstanceInfo, Segment, StorageConfig
@@ -319,16 +319,23 @@ def _touch(ledger: Ledger, event: TouchEvent) -> Outcome:
     ledger.lookup_blocks += max(event.lookups, len(event.keys))
     ids = ledger.find(instance, event.hits, event.found)
     ledger.touch(ids, event.now_ms, chained=event.chained)
-    _wish_promotion(ledger, ids)
+    order = tiers(ledger.group, ledger.storages) if len(ids) else []
+    below = ids[ledger.table.kind[ids] != order[0]] if len(order) > 1 else NO_IDS
+    if len(below):
+        _count_below(ledger, event.instance_id, below)
+        _wish_promotion(ledger, below)
     return Outcome(Touched(), [])
 
 
-def _wish_promotion(ledger: Ledger, ids: Ids) -> None:
+def _count_below(ledger: Ledger, instance_id: str, ids: Ids) -> None:
+    kinds, counts = np.unique(ledger.table.kind[ids], return_counts=True)
+    for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True):
+        ledger.hits_below[instance_id, KINDS[kind]] += count
+
+
+def _wish_promotion(ledger: Ledger, below: Ids) -> None:
     """Blocks that were hit anywhere but in the first tier; too many of them are forgotten."""
-    order = tiers(ledger.group, ledger.storages) if len(ids) else []
-    if len(order) < 2:
-        return
-    slow = ids[(ledger.table.kind[ids] != order[0]) & ~ledger.table.moving[ids]].tolist()
+    slow = below[~ledger.table.moving[below]].tolist()
     wishes = ledger.plan.promotions
     if slow and len(wishes) + len(slow) <= PROMOTIONS_WAITING_MAX:
         wishes.update(dict.fromkeys(slow))

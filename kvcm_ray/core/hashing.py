@@ -33,7 +33,8 @@ def block_keys_from_tokens(
         )
     if len(tokens) > TOKENS_PER_CALL_MAX:
         raise InvalidArgument(f"{len(tokens)} token_ids, more than {TOKENS_PER_CALL_MAX} a call")
-    values = tokens.tolist() if isinstance(tokens, np.ndarray) else tokens
+    # Plain integers also of a list of NumPy's: the sums below go beyond 64 bits.
+    values = tokens.tolist() if isinstance(tokens, np.ndarray) else list(map(int, tokens))
     count = len(values) // block_size
     keys = np.empty(count, np.uint64)
     h = 0

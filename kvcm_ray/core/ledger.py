@@ -113,6 +113,7 @@ class Ledger:
         self.answers = Answers()
         self.hit_blocks = 0  #: that readers reported, since the start of the process
         self.lookup_blocks = 0
+        self.hits_below: Counter[tuple[str, StorageType]] = Counter()  #: in other tiers than the first
         self.table = BlockTable()
         self.order = EvictionOrder(make_policy(policy_of(group)))
         #: by type of the copy: blocks with one, oldest copy first

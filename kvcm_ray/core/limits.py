@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 KEYS_PER_CALL_MAX = 65_536
+LOOK_UPS_PER_TOUCH_MAX = 256  #: reported in one call
 TOKENS_PER_CALL_MAX = 8_388_608
 REQUEST_BYTES_MAX = 64 * 1024 * 1024
 NAME_BYTES_MAX = 200

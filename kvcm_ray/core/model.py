@@ -386,11 +386,33 @@ class ReclaimerSettings:
     paused: bool = False  #: nothing is evicted, moved or erased
 
 
+ALL_GROUPS = "*"  #: in place of an instance group's name
+
+
 @dataclass(frozen=True, slots=True)
 class Account:
     user_name: str = ""
     role: AccountRole = AccountRole.ROLE_USER
-    password_hash: str = field(default="", metadata={"wire": False})
+    password_hash: str = field(default="", metadata={"wire": False})  #: "" for none: tokens only
+    instance_groups: tuple[str, ...] = field(default=(), metadata={"extension": True})  #: that a user sees
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """What is kept of a secret that stands for an account."""
+
+    digest: str = field(default="", metadata={"wire": False})  #: SHA-256 of the secret in hexadecimal
+    token_id: str = ""  #: the first characters of the digest; names the token, proves nothing
+    user_name: str = ""
+    label: str = ""  #: for people
+    metrics_only: bool = False  #: reads the metrics and nothing else
+    created_s: Int64 = 0  #: unix time
+    expires_s: Int64 = 0  #: unix time; 0 for never
+
+
+@dataclass(frozen=True, slots=True)
+class AccessSettings:
+    required: bool = False  #: calls need an account; kept with the data, so that a restart cannot open it
 
 
 # ------------------------------------------------------------------------------------ segments

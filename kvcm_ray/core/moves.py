@@ -19,6 +19,7 @@ from kvcm_ray.core.effects import (
     DropCopies,
     Effect,
     MoveBlocks,
+    Moved,
     Outcome,
     PutCopies,
     PutSession,
@@ -104,23 +105,28 @@ def _arrive(
     old_kinds = table.kind[ids].copy()
     due_ms = ledger.due_after_readers(ids, now_ms)
     _, kinds = ledger.facts(instance, new)
-    effects: list[Effect] = [MoveBlocks(name, table.keys[ids], new)]
+    why = _why(ledger, instance, record, old)
+    nbytes = int(table.nbytes[ids].sum())
+    effects: list[Effect] = [MoveBlocks(name, table.keys[ids], new, why, nbytes, record.storage)]
     table.relocate(ids, new, kinds)
     ledger.order.move(ids[::-1], instance.lane(KINDS[kinds[0]]))  # they came coldest first
     kept = np.zeros(len(ids), np.bool_)
-    if record.kind is SessionKind.PROMOTE:
-        ledger.counters["promoted_blocks"] += len(ids)
+    ledger.counters[f"{why}_blocks"] += len(ids)
+    if why is Moved.PROMOTED:
         kept = _room_for_copies(ledger, old_kinds) & ~table.copied[ids]
         if kept.any():
             ledger.note_copies(instance, ids[kept], old.take(kept))
             effects.append(PutCopies(name, table.keys[ids[kept]], old.take(kept)))
-    else:
-        draining = ledger.storages.get(instance.segments.segments[int(old.segment[0])].storage)
-        drained = draining is None or draining.is_draining
-        ledger.counters["drained_blocks" if drained else "demoted_blocks"] += len(ids)
     if not kept.all():
         effects += ledger.discard(instance, old.take(~kept), due_ms)
     return effects
+
+
+def _why(ledger: Ledger, instance: Instance, record: SessionRecord, old: BlockLocations) -> Moved:
+    if record.kind is SessionKind.PROMOTE:
+        return Moved.PROMOTED
+    storage = ledger.storages.get(instance.segments.segments[int(old.segment[0])].storage)
+    return Moved.DRAINED if storage is None or storage.is_draining else Moved.DEMOTED
 
 
 def use_copies(ledger: Ledger, instance: Instance, ids: Ids, now_ms: int) -> list[Effect]:
@@ -135,7 +141,11 @@ def use_copies(ledger: Ledger, instance: Instance, ids: Ids, now_ms: int) -> lis
     for kind in np.unique(kinds).tolist():
         ledger.order.move(ids[kinds == kind][::-1], instance.lane(KINDS[kind]))
     ledger.counters["demoted_blocks"] += len(ids)
-    effects: list[Effect] = [DropCopies(name, keys), MoveBlocks(name, keys, new)]
+    nbytes, storage = int(table.nbytes[ids].sum()), instance.segments.segments[int(new.segment[0])].storage
+    effects: list[Effect] = [
+        DropCopies(name, keys),
+        MoveBlocks(name, keys, new, Moved.DEMOTED, nbytes, storage),
+    ]
     return effects + ledger.discard(instance, old, due_ms)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from kvcm_ray.core import limits
 from kvcm_ray.core.blocks import Ids
 from kvcm_ray.core.drain import drop_unused_segments, leaving
-from kvcm_ray.core.effects import DropBlocks, DropCopies, Effect, Outcome
+from kvcm_ray.core.effects import DropBlocks, DropCopies, Effect, Outcome, Why
 from kvcm_ray.core.events import ReclaimEvent, Want
 from kvcm_ray.core.holds import expire_pins
 from kvcm_ray.core.ledger import KINDS, Ledger
@@ -41,6 +41,8 @@ from kvcm_ray.core.records import SessionKind
 from kvcm_ray.core.requests import Flags
 from kvcm_ray.core.retire import allowed_bytes
 from kvcm_ray.errors import KvcmError, NoStorageAvailable
+
+_COUNTERS = {Why.EXPIRED: "expired_blocks", Why.RETIRED: "retired_blocks"}  #: others: "evicted_blocks"
 
 PIECES = 8  #: a drained storage leaves in so many, where there is no room for all at once
 
@@ -86,6 +88,8 @@ class Step:
         self.now_ms, self.now_s = event.now_ms, event.now_s
         self.wants = event.wants
         self.effects: list[Effect] = []
+        self.why = Why.QUOTA  #: what room is made for just now
+        self.needed = 0  #: bytes of it
         self.blocks = step_blocks(ledger.group, len(ledger.table))
         self.tiers = tiers(ledger.group, ledger.storages)
 
@@ -102,7 +106,7 @@ class Step:
             allowed = allowed_bytes(instance.info, self.ledger.quota.capacity, self.now_s)
             over = 0 if allowed is None else instance.serving_bytes - allowed
             if over > 0:
-                self.drop(self.coldest(instance.lanes, over, leaves_only=True), "retired_blocks")
+                self.drop(self.coldest(instance.lanes, over, leaves_only=True), Why.RETIRED, over)
                 if not self.blocks:
                     plan.shares_ms = None  # there is more to do at once
 
@@ -114,7 +118,7 @@ class Step:
         lanes = self.lanes()
         before_ms = self.now_ms - ttl + 1
         ids = ledger.order.expired(lanes, before_ms, self.blocks, self.now_ms)
-        self.drop(ids, "expired_blocks")
+        self.drop(ids, Why.EXPIRED)
         coldest = ledger.order.coldest_ms(lanes)
         due_ms = self.now_ms + ttl if coldest is None else coldest + ttl
         plan.expiry_ms = due_ms if due_ms > self.now_ms or len(ids) else self.now_ms + RETRY_MS
@@ -139,24 +143,28 @@ class Step:
             if over > 0:
                 count = min(over, self.blocks)
                 ids = self.ledger.order.victims(list(instance.lanes), count, self.now_ms)
-                self.drop(ids, "evicted_blocks")
+                self.drop(ids, Why.KEYS)
 
     def level_tiers(self) -> None:
         """Tiers with a quota of their own, slowest first; writes wait for the first that suits."""
+        self.why = Why.TIER
         for kind in reversed(self.tiers):
             over = excess(self.ledger, kind, self.tiers)
             if kind is self._wanted_tier():
                 over = max(over, missing(self.ledger, kind, self._asked()))
             if over > 0:
+                self.needed = over
                 self.relieve(kind, over)
         for kind in self.ledger.quota.capacities.keys() - set(self.tiers):
             if (over := excess(self.ledger, kind, self.tiers)) > 0:
+                self.needed = over
                 self.free(kind, over)
 
     def level_total(self) -> None:
         """The group as a whole: the slowest tier's blocks go first."""
         ledger = self.ledger
         over = max(excess(ledger, None, self.tiers), missing(ledger, None, self._asked()))
+        self.why, self.needed = Why.QUOTA, over
         for kind in self._slowest_first():
             if over <= 0 or not self.blocks:
                 return
@@ -169,6 +177,7 @@ class Step:
         for kind in self._writable():
             if self.effects or not self.wants or self._fits():
                 return
+            self.needed = self._asked()
             self.free(kind, self._asked())
 
     def _fits(self) -> bool:
@@ -231,7 +240,7 @@ class Step:
         nbytes -= self.drop_copies(kind, nbytes)
         nbytes -= self.drop_retiring(kind, nbytes)
         if nbytes > 0 and self.blocks:
-            self.drop(self.coldest(self.lanes(kind), nbytes, leaves_only=True), "evicted_blocks")
+            self.drop(self.coldest(self.lanes(kind), nbytes, leaves_only=True), self.why, self.needed)
 
     def drop_copies(self, kind: StorageType, nbytes: int) -> int:
         """Give up second locations of the type, oldest first; the bytes that makes."""
@@ -264,7 +273,7 @@ class Step:
             return 0
         ids = self.coldest(lanes, nbytes, leaves_only=True)
         freed = int(self.ledger.table.nbytes[ids].sum())
-        self.drop(ids, "retired_blocks")
+        self.drop(ids, Why.RETIRED, nbytes)
         return freed
 
     def coldest(self, lanes: Sequence[int], nbytes: int, *, leaves_only: bool) -> Ids:
@@ -277,21 +286,23 @@ class Step:
         enough = int(np.searchsorted(np.cumsum(ledger.table.nbytes[ids]), nbytes)) + 1
         return ids[:enough]
 
-    def drop(self, ids: Ids, counter: str) -> None:
+    def drop(self, ids: Ids, why: Why, needed_bytes: int = 0) -> None:
         """SERVING -> DELETING."""
         ledger = self.ledger
         if not len(ids):
             return
         self.blocks -= len(ids)
-        ledger.counters[counter] += len(ids)
+        ledger.counters[_COUNTERS.get(why, "evicted_blocks")] += len(ids)
         for instance, own in ledger.by_instance(ids):
             name, keys = instance.info.instance_id, ledger.table.keys[own]
             copied = ledger.copied_keys(own)
             due_ms = ledger.due_after_readers(own, self.now_ms)
+            before = instance.serving_bytes
             locations = ledger.forget(instance, own, evicted=True)
             if len(copied):
                 self.effects.append(DropCopies(name, copied))
-            self.effects.append(DropBlocks(name, keys))
+            freed = before - instance.serving_bytes
+            self.effects.append(DropBlocks(name, keys, why, freed, needed_bytes))
             self.effects += ledger.discard(instance, locations, due_ms)
 
     def move(self, ids: Ids, target: StorageConfig, kind: SessionKind) -> None:
@@ -330,6 +341,7 @@ class Step:
 
     def _make_room(self, kinds: Sequence[StorageType], ids: Ids) -> bool:
         """Begin to make room for the blocks in one of these tiers; False if none can give any."""
+        self.why = Why.TIER
         nbytes = int(self.ledger.table.nbytes[ids].sum())
         for storage in self._storages(kinds):
             kind = quota_type(storage.storage_type)
@@ -371,7 +383,7 @@ class Step:
             ids = part.blocks(ledger)
             ids = self._use_copies(ids[~ledger.table.moving[ids]][: max(self.blocks, 0)])
             if len(ids) and part.storage not in ledger.storages:
-                self.drop(ids, "evicted_blocks")  # nobody can read them any more
+                self.drop(ids, Why.DRAINED)  # nobody can read them any more
             elif len(ids):
                 self._move_away(ids)
 
@@ -390,13 +402,13 @@ class Step:
                 return
         waits = self.tiers and not self._storages(kinds)  # for a storage that failed lately
         if not waits and not self._make_room(kinds, piece):
-            self.drop(self.ledger.order.may_leave(ids, self.now_ms), "evicted_blocks")
+            self.drop(self.ledger.order.may_leave(ids, self.now_ms), Why.DRAINED)
 
     def _drop_unreadable(self, ids: Ids) -> Ids:
         """Those that cannot be copied leave as they are; the others."""
         unreadable = self.ledger.plan.unreadable
         lost = np.fromiter((block in unreadable for block in ids.tolist()), np.bool_, len(ids))
-        self.drop(self.ledger.order.may_leave(ids[lost], self.now_ms), "evicted_blocks")
+        self.drop(self.ledger.order.may_leave(ids[lost], self.now_ms), Why.UNREADABLE)
         return ids[~lost]
 
     def promote(self) -> None:
@@ -423,6 +435,7 @@ class Step:
 
     def _make_room_above(self, first: StorageType, nbytes: int) -> None:
         """Colder blocks of the first tier go down; or the coldest go, if the total is what is full."""
+        self.why, self.needed = Why.TIER, nbytes
         if (over := missing(self.ledger, first, nbytes)) > 0:
             self.relieve(first, over)
         elif (over := missing(self.ledger, None, nbytes)) > 0:

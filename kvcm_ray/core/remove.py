@@ -77,9 +77,10 @@ def _remove_serving(ledger: Ledger, instance: Instance, event: RemoveEvent) -> t
         return 0, []
     keys, copied = ledger.table.keys[ids], ledger.copied_keys(ids)
     due_ms = ledger.due_after_readers(ids, event.now_ms)
+    before = instance.serving_bytes
     locations = ledger.forget(instance, ids, evicted=False)
     effects: list[Effect] = [DropCopies(event.instance_id, copied)] if len(copied) else []
-    effects.append(DropBlocks(event.instance_id, keys))
+    effects.append(DropBlocks(event.instance_id, keys, nbytes=before - instance.serving_bytes))
     return len(keys), effects + ledger.discard(instance, locations, due_ms)
 
 

@@ -43,6 +43,21 @@ def check_file(path: Path) -> None:
         Corrupt: anything LMDB would choke on; the message names file and remedy.
         StorageIOError: it cannot be read.
     """
+    needed, _, size = _measure(path)
+    if size < needed:
+        raise Corrupt(
+            f"{data_file(path)} has {size} bytes but its last page ends at {needed}; {REMEDY}"
+        )
+
+
+def map_usage(path: Path) -> tuple[int, int]:
+    """Bytes of pages that were ever used, and of the map that they must fit. Raises as `check_file`."""
+    needed, map_bytes, _ = _measure(path)
+    return needed, map_bytes
+
+
+def _measure(path: Path) -> tuple[int, int, int]:
+    """End of the last page, size of the map and size of the file, without opening LMDB."""
     file = data_file(path)
     try:
         with file.open("rb") as handle:
@@ -52,9 +67,7 @@ def check_file(path: Path) -> None:
         raise NotFound(f"no index at {path}") from None
     except OSError as error:
         raise StorageIOError(f"cannot read {file}: {error}") from error
-    needed = _needed_bytes(head, file)
-    if size < needed:
-        raise Corrupt(f"{file} has {size} bytes but its last page ends at {needed}; {REMEDY}")
+    return *_newest_meta(head, file), size
 
 
 def sync_file(file: Path) -> None:
@@ -66,21 +79,21 @@ def sync_file(file: Path) -> None:
         raise StorageIOError(f"cannot sync {file}: {error}") from error
 
 
-def _needed_bytes(head: bytes, file: Path) -> int:
-    """End of the last page according to the newer meta page."""
-    newest, needed, page = -1, 0, 0
+def _newest_meta(head: bytes, file: Path) -> tuple[int, int]:
+    """End of the last page, and the size of the map, according to the newer meta page."""
+    newest, needed, map_bytes, page = -1, 0, 0, 0
     for _ in range(2):
         if len(head) < page + PAGE_HEADER_BYTES + _META.size:
             raise Corrupt(f"{file} has no second meta page; {REMEDY}")
-        magic, version, _, _, page_bytes, last, number = _META.unpack_from(head, page + PAGE_HEADER_BYTES)
+        magic, version, _, size, page_bytes, last, number = _META.unpack_from(head, page + PAGE_HEADER_BYTES)
         if magic != META_MAGIC or version != META_VERSION:
             raise Corrupt(f"{file} is not an LMDB data file (meta page at {page}); {REMEDY}")
         if page_bytes not in (4096, 8192, 16384, 32768, 65536):
             raise Corrupt(f"{file} names a page size of {page_bytes} bytes; {REMEDY}")
         if number > newest:
-            newest, needed = number, (last + 1) * page_bytes
+            newest, needed, map_bytes = number, (last + 1) * page_bytes, size
         page = page_bytes
-    return needed
+    return needed, map_bytes
 
 
 def keep_reserve(path: Path, last_page_end: int, known_end: int) -> int:

@@ -215,7 +215,7 @@ class Totals:
     hit_blocks: int
     held_blocks: int  #: of those accessed, that the engine had already
     held_hit_blocks: int  #: of those hit; so ``hit_blocks - held_hit_blocks`` came from this cache only
-    prompt_tokens: int
+    prompt_tokens: int  #: see the functions of these names
     hit_tokens: int
 
     @property
@@ -227,10 +227,16 @@ class Totals:
         return self.hit_tokens / max(1, self.prompt_tokens)
 
 
+def prompt_tokens(accesses: Accesses) -> I64:
+    """(n,) length of each prompt, that of its blocks where the trace does not say; 0 for all if it does not
+    say how many tokens a block has."""
+    whole = accesses.lengths.astype(np.int64) * accesses.block_tokens
+    return np.where((accesses.input_tokens > 0) & (whole > 0), accesses.input_tokens, whole)
+
+
 def hit_tokens(accesses: Accesses, hits: I32) -> I64:
     """(n,) prompt tokens in the hit blocks of each request: a partial last block counts what it has."""
-    tokens = hits.astype(np.int64) * accesses.block_tokens
-    return np.minimum(tokens, accesses.input_tokens) if accesses.input_tokens.any() else tokens
+    return np.minimum(hits.astype(np.int64) * accesses.block_tokens, prompt_tokens(accesses))
 
 
 def totals(accesses: Accesses, hits: I32, only: Flags | None = None) -> Totals:
@@ -251,7 +257,7 @@ def totals(accesses: Accesses, hits: I32, only: Flags | None = None) -> Totals:
         hit_blocks=int(hits[chosen].sum()),
         held_blocks=int((held[ends] - held[starts])[chosen].sum()),
         held_hit_blocks=int((held[starts + hits] - held[starts])[chosen].sum()),
-        prompt_tokens=int(accesses.input_tokens[chosen].sum()),
+        prompt_tokens=int(prompt_tokens(accesses)[chosen].sum()),
         hit_tokens=int(hit_tokens(accesses, hits)[chosen].sum()),
     )
 

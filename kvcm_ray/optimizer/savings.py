@@ -33,6 +33,7 @@ import numpy.typing as npt
 from kvcm_ray.errors import InvalidArgument
 from kvcm_ray.optimizer.accesses import F64, I32, I64, Accesses
 from kvcm_ray.optimizer.catalogue import Model
+from kvcm_ray.optimizer.replay import prompt_tokens
 
 
 def block_flops(model: Model, block_tokens: int, depths: npt.ArrayLike) -> F64:
@@ -47,8 +48,8 @@ def prefix_flops(model: Model, tokens: npt.ArrayLike) -> F64:
     return np.asarray(count * (2 * model.parameters + 2 * model.layers * model.attention_width * count))
 
 
-def prompt_tokens(accesses: Accesses) -> I64:
-    """(n,) length of each prompt; that of its blocks where the trace does not say.
+def known_tokens(accesses: Accesses) -> I64:
+    """(n,) `replay.prompt_tokens` of a trace that allows to say what single prompts cost.
 
     Raises:
         InvalidArgument: the trace does not say how many tokens a block has, or holds a sample of blocks.
@@ -60,8 +61,7 @@ def prompt_tokens(accesses: Accesses) -> I64:
         )
     if accesses.sample_level:
         raise InvalidArgument("the trace holds a sample of its blocks: what single prompts cost is not known")
-    whole = accesses.lengths * accesses.block_tokens
-    return np.where(accesses.input_tokens > 0, accesses.input_tokens, whole)
+    return prompt_tokens(accesses)
 
 
 def access_flops(model: Model, accesses: Accesses) -> F64:
@@ -69,9 +69,9 @@ def access_flops(model: Model, accesses: Accesses) -> F64:
     what it has.
 
     Raises:
-        InvalidArgument: as `prompt_tokens`.
+        InvalidArgument: as `known_tokens`.
     """
-    prompts = np.repeat(prompt_tokens(accesses), accesses.lengths)
+    prompts = np.repeat(known_tokens(accesses), accesses.lengths)
     start = accesses.places.astype(np.int64) * accesses.block_tokens
     end = np.maximum(start, np.minimum(start + accesses.block_tokens, prompts))
     return prefix_flops(model, end) - prefix_flops(model, start)
@@ -93,9 +93,9 @@ def request_flops(model: Model, accesses: Accesses, hits: I32) -> RequestFlops:
         hits: (n,) leading hit blocks, as `replay` gives them.
 
     Raises:
-        InvalidArgument: not as many hits as requests, more hits than blocks, or as `prompt_tokens`.
+        InvalidArgument: not as many hits as requests, more hits than blocks, or as `known_tokens`.
     """
-    prompts, hits = prompt_tokens(accesses), np.asarray(hits)
+    prompts, hits = known_tokens(accesses), np.asarray(hits)
     if hits.shape != prompts.shape or bool(((hits < 0) | (hits > accesses.lengths)).any()):
         raise InvalidArgument("hits are numbers of leading blocks, one for each request of the trace")
     needed = prefix_flops(model, prompts)

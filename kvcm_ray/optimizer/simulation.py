@@ -34,7 +34,7 @@ from kvcm_ray.core.eviction import EvictionOrder, make_policy
 from kvcm_ray.core.eviction.arrays import Ids
 from kvcm_ray.errors import InvalidArgument
 from kvcm_ray.optimizer.accesses import F64, I32, I64, READ, REQUEST, WRITE, Accesses, Flags
-from kvcm_ray.optimizer.replay import times_us
+from kvcm_ray.optimizer.replay import prompt_tokens, tails, times_us
 from kvcm_ray.optimizer.scenario import Group, Scenario, WriteDelay
 
 COMPILED = ("lru", "ttl")
@@ -117,9 +117,6 @@ class _Plan:
     @staticmethod
     def of(accesses: Accesses, scenario: Scenario) -> _Plan:
         groups, sizes = scenario.number(accesses)
-        tokens = accesses.input_tokens
-        if not tokens.any():
-            tokens = accesses.lengths * accesses.block_tokens
         if scenario.write_delay.seconds_per_missed_token and not accesses.block_tokens:
             raise InvalidArgument(
                 "the trace does not say how many tokens a block has, by which write_delay goes",
@@ -130,9 +127,9 @@ class _Plan:
             scenario=scenario,
             groups=groups[accesses.instances],
             sizes=sizes[accesses.instances],
-            partial=accesses.partial if scenario.partial_first else np.zeros_like(accesses.partial),
+            partial=tails(accesses) if scenario.partial_first else np.zeros_like(accesses.partial),
             now_us=times_us(accesses),
-            tokens=tokens,
+            tokens=prompt_tokens(accesses),
         )
 
 
@@ -152,20 +149,7 @@ class _Results:
 
 
 def _has_kernel(accesses: Accesses, scenario: Scenario) -> bool:
-    if not accesses.chained or any(group.policy not in COMPILED for group in scenario.groups):
-        return False
-    return not (scenario.partial_first and _partial_inside(accesses))
-
-
-def _partial_inside(accesses: Accesses) -> bool:
-    """Whether a partial last block of one prompt is a block inside another."""
-    some = accesses.lengths > 0
-    ends = accesses.offsets[1:][some] - 1
-    partial = np.zeros(accesses.unique, np.bool_)
-    partial[accesses.blocks[ends[accesses.partial[some]]]] = True
-    inside = np.ones(len(accesses.blocks), np.bool_)
-    inside[ends] = False
-    return bool(partial[accesses.blocks[inside]].any())
+    return accesses.chained and all(group.policy in COMPILED for group in scenario.groups)
 
 
 def _compiled(plan: _Plan, results: _Results) -> None:

@@ -19,18 +19,19 @@ from kvcm_ray.core.model import (
 )
 from kvcm_ray.serve_app.app import build_app
 from kvcm_ray.serve_app.metrics import Metrics
+from kvcm_ray.serve_app.options import GatewayOptions
 from kvcm_ray.testing.local_backend import LocalBackend
 
 
 class Http:
     """Synchronous access to the application; one event loop for its whole life."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, options: GatewayOptions | None = None) -> None:
         self.loop = asyncio.new_event_loop()
         self.data_dir = data_dir
         self.backend = LocalBackend(data_dir)
         self.metrics = Metrics(data_dir / "serve-metrics")
-        self.app = build_app(self.backend, self.metrics)
+        self.app = build_app(self.backend, self.metrics, options)
         transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=True)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://manager")
 

@@ -2,7 +2,7 @@
 
 The server is uvicorn on a free loopback port in a thread of its own; ``manager.json`` lies in the
 data directory, so that ``--data-dir`` finds it. Storages: ``files`` and ``memory``; group:
-``default``.
+``default``. A manager that was kept can be served again, at another port.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from kvcm_ray.actors import paths
 from kvcm_ray.core.model import CachePreferStrategy, NfsSpec, ShmSpec, StorageConfig
 from kvcm_ray.serve_app.app import build_app
 from kvcm_ray.serve_app.metrics import Metrics
+from kvcm_ray.testing.certificates import Certificate
 from kvcm_ray.testing.http import default_group
 from kvcm_ray.testing.local_backend import LocalBackend
 
@@ -35,20 +36,21 @@ class Served:
 
 
 @contextmanager
-def served(data_dir: Path) -> Iterator[Served]:
-    """Serve a fresh manager on `data_dir`."""
+def served(data_dir: Path, *, keep: bool = False, tls: Certificate | None = None) -> Iterator[Served]:
+    """Serve the manager of `data_dir`, a fresh one if there is none; `keep` what is in shared memory."""
     memory = Path("/dev/shm") / f"kvcm-test-{paths.data_dir_hash(paths.resolve(data_dir))}"
     backend = LocalBackend(data_dir)
     metrics = Metrics(data_dir / "serve-metrics")
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(build_app(backend, metrics), log_level="error", lifespan="off")
+    files = {"ssl_certfile": str(tls.cert), "ssl_keyfile": str(tls.key)} if tls else {}
+    config = uvicorn.Config(build_app(backend, metrics), log_level="error", lifespan="off", **files)  # type: ignore[arg-type]
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     try:
         asyncio.run(_set_up(backend, data_dir / "tiers" / "files", memory))
         thread.start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        url = f"http{'s' if tls else ''}://127.0.0.1:{listener.getsockname()[1]}"
         (data_dir / "manager.json").write_text(json.dumps({"url": url}))
         yield Served(url, data_dir, backend)
     finally:
@@ -58,10 +60,14 @@ def served(data_dir: Path) -> Iterator[Served]:
         backend.close()
         metrics.close()
         listener.close()
-        shutil.rmtree(memory, ignore_errors=True)
+        (data_dir / "manager.json").unlink(missing_ok=True)
+        if not keep:
+            shutil.rmtree(memory, ignore_errors=True)
 
 
 async def _set_up(backend: LocalBackend, files: Path, memory: Path) -> None:
+    if backend.groups():
+        return
     await backend.registry("add_storage", StorageConfig("files", nfs=NfsSpec(str(files))))
     await backend.registry("add_storage", StorageConfig("memory", shm=ShmSpec(str(memory))))
     group = default_group()

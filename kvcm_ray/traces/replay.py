@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from kvcm_ray.client import AsyncInstance, Match
+from kvcm_ray.core.requests import Keys
 from kvcm_ray.errors import KvcmError
 from kvcm_ray.traces.formats import READ, WRITE
 from kvcm_ray.traces.pattern import block_pattern, wrong_bytes
@@ -39,6 +40,7 @@ class Report:
     wrong_bytes: int = 0  #: of blocks that the cache said it read
     unreadable_blocks: int = 0  #: found by the look-up, yet not readable
     refused_blocks: int = 0  #: not stored: no room, or a failure
+    lost_blocks: int | None = None  #: see `Replay.count_lost`; None if nobody asked
     bytes_written: int = 0
     bytes_read: int = 0
     seconds: float = 0.0
@@ -51,7 +53,8 @@ class Report:
             name: getattr(self, name)
             for name in (
                 "requests", "accessed_blocks", "hit_blocks", "written_blocks", "wrong_bytes",
-                "unreadable_blocks", "refused_blocks", "bytes_written", "bytes_read", "seconds",
+                "unreadable_blocks", "refused_blocks", "lost_blocks", "bytes_written", "bytes_read",
+                "seconds",
             )
         }  # fmt: skip
         plain["seconds"] = round(self.seconds, 3)
@@ -88,6 +91,7 @@ class Replay:
     report: Report = field(default_factory=Report)
     _writing: dict[int, asyncio.Task[None]] = field(default_factory=dict)  #: by key
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _acknowledged: list[Keys] = field(default_factory=list)  #: of each write that was
 
     async def run(self, requests: Iterable[TraceRequest]) -> Report:
         """Replay them all; may be called again to go on with more."""
@@ -110,6 +114,17 @@ class Replay:
                 task.cancel()
         self.report.seconds = before_s + time.monotonic() - begin_s
         return self.report
+
+    async def count_lost(self) -> None:
+        """Count the blocks whose write was acknowledged and that are not there now, evicted ones included.
+
+        Raises:
+            KvcmError: they cannot be looked up.
+        """
+        lost = 0
+        for keys in self._acknowledged:
+            lost += int((~(await self.instance.lookup(keys)).flags).sum())
+        self.report.lost_blocks = lost
 
     async def _pace(self, begin_s: float, offset_s: float) -> None:
         if self.speed is not None:
@@ -183,6 +198,9 @@ class Replay:
                 self._note(moved.error)
                 with _timed(self.report, "finish_write"):
                     committed = (await session.finish()).committed
+                stored = session.plan.keys[session.written]
+                if committed == len(stored):  # else it is not known which
+                    self._acknowledged.append(stored)
         except KvcmError as error:
             self._note(error)
             new = new or len(request.keys)  # how many were new is not known

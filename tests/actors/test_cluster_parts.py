@@ -69,9 +69,24 @@ def test_haproxy_listens_on_loopback_only() -> None:
     assert tightened(config) == (
         "global\n    stats socket /x/admin.sock\n"
         "frontend prometheus\n    bind 127.0.0.1:9101\n    no log\n"
-        "frontend http_frontend\n    bind 0.0.0.0:80\n    log global\n"
+        "frontend http_frontend\n    bind 0.0.0.0:80\n    timeout http-request 10s\n"
+        "    option http-buffer-request\n    http-request set-header X-Forwarded-For %[src]\n"
+        "    log global\n"
         "listen stats\n  bind 127.0.0.1:8404\n"
     )
+
+
+def test_haproxy_keeps_the_public_address_and_speaks_tls_there() -> None:
+    config = (
+        "frontend http_frontend\n    bind *:80\n"
+        "frontend grpc_frontend\n    # a remark\n    bind *:81 proto h2\n"
+        "listen stats\n  bind *:8404\n"
+    )
+    lines = tightened(config, "/x/tls.pem").splitlines()
+    assert "    bind *:80 ssl crt /x/tls.pem ssl-min-ver TLSv1.2 alpn http/1.1" in lines
+    assert "    bind *:81 proto h2 ssl crt /x/tls.pem ssl-min-ver TLSv1.2 alpn h2" in lines
+    assert "  bind 127.0.0.1:8404" in lines
+    assert sum("X-Forwarded-For" in line for line in lines) == 2
 
 
 def test_lock_names_its_owner(tmp_path: Path) -> None:

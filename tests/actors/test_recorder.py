@@ -22,7 +22,7 @@ from kvcm_ray.core.levels import levels
 from kvcm_ray.core.observed import Observed
 from kvcm_ray.core.ragged import offsets_of
 from kvcm_ray.core.requests import Touch
-from kvcm_ray.errors import Conflict, InvalidArgument, NotFound, StorageIOError
+from kvcm_ray.errors import InvalidArgument, RecordingNotFound, RecordingUnderWay, StorageIOError
 from kvcm_ray.optimizer import READ, WRITE, load
 from kvcm_ray.testing.blocks import instance, some_keys, start_request
 from kvcm_ray.testing.reclaim_lab import ReclaimLab
@@ -245,14 +245,14 @@ def test_a_recording_ends_in_time(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, "chat")
     recorder.start({"seconds": 0.2})
     recorder.feed(observed([[1]]))
-    with pytest.raises(Conflict, match="recorded already"):
+    with pytest.raises(RecordingUnderWay, match="recorded already"):
         recorder.start({})
     until(lambda: recorder.list()[0]["state"] == "seconds")
     recorder.feed(observed([[2]]))
     assert read(recorder.list()[0]["file"]) == [[1]]
     recorder.start({})
     assert recorder.stop()["requests"] == 0
-    with pytest.raises(NotFound, match="not recorded"):
+    with pytest.raises(RecordingNotFound, match="kvcm trace list"):
         recorder.stop()
     assert [each["state"] for each in recorder.list()] == ["seconds", "stopped"]
 

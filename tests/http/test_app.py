@@ -11,6 +11,7 @@ import pytest
 from kvcm_ray.core import limits
 from kvcm_ray.serve_app import app as app_module
 from kvcm_ray.serve_app.endpoints import ADMIN, ENDPOINTS, HOT
+from kvcm_ray.serve_app.messages import ErrorCode
 from kvcm_ray.serve_app.metrics import Metrics, Series
 from kvcm_ray.testing.http import Http, registration
 
@@ -186,13 +187,13 @@ def test_reports_are_dropped_rather_than_queued_without_bound(
 def test_counters_are_shared_and_survive_their_process(tmp_path: Path) -> None:
     one, two = Metrics(tmp_path), Metrics(tmp_path)
     series = Series("GetCacheLocation", "g", "i")
-    one.count(series, 0.001, failed=False)
-    two.count(series, 0.003, failed=True)
+    one.count(series, 0.001)
+    two.count(series, 0.003, ErrorCode.IO_ERROR)
     total = one.totals()[series]
     assert (total.calls, total.errors, total.last_us, total.total_us) == (2, 1, 3000, 4000)
     one.close()
     three = Metrics(tmp_path)
-    three.count(series, 0.001, failed=False)
+    three.count(series, 0.001)
     assert two.totals()[series].calls == 3
     assert len(list(tmp_path.glob("*.counters"))) == 2
     two.close()
@@ -202,7 +203,7 @@ def test_counters_are_shared_and_survive_their_process(tmp_path: Path) -> None:
 def test_counters_are_bounded(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path)
     for i in range(3000):
-        metrics.count(Series("A", "g", f"i{i}"), 0.001, failed=False)
+        metrics.count(Series("A", "g", f"i{i}"), 0.001)
     totals = metrics.totals()
     assert sum(c.calls for c in totals.values()) == 3000
     assert Series("A") in totals

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvcm_ray.serve_app.endpoints import ENDPOINTS
 from kvcm_ray.serve_app.protojson import plan
-from kvcm_ray.testing.http import Http
+from kvcm_ray.testing import wire_fuzz
+from kvcm_ray.testing.http import Http, registration
+from kvcm_ray.testing.served import served
 
 PATHS = [endpoint.path for endpoint in ENDPOINTS]
 IDS = ["i1", "i2", "default", "nfs_01", "", "ghost", "é", "a/../b", "x" * 300, "\x00"]
@@ -136,3 +139,14 @@ def test_the_manager_still_works_afterwards(server: Http) -> None:
     server.register("after")
     server.write("after", [100, 101])
     assert len(server.prefix("after", [100, 101])) == 2
+
+
+def test_bytes_that_are_no_requests(tmp_path: Path) -> None:
+    """Of each kind some; many are in ``test_fuzz_heavy.py``."""
+    with served(tmp_path / "data") as running:
+        found = wire_fuzz.send_all(running.url, wire_fuzz.attempts(1, 300))
+        assert not wire_fuzz.failures(found), found
+        assert {what.split()[0] for what in found} >= {"whole", "chunked", "pipelined", "slow", "binary"}
+        assert found["whole 200"], "what is in order gets its answer"
+        answer = httpx.post(f"{running.url}/api/registerInstance", json=registration("after")).json()
+        assert answer["header"]["status"]["code"] == "OK"

@@ -20,6 +20,7 @@ import pytest
 
 from kvcm_ray.core.model import StorageConfig, ThreeFSSpec
 from kvcm_ray.errors import Unsupported
+from kvcm_ray.serve_app.options import GatewayOptions
 from kvcm_ray.storage_adapters import open_storage
 from kvcm_ray.testing.http import Http
 
@@ -121,7 +122,6 @@ def _opens_3fs() -> bool:
     return True
 
 
-FAULTS = "no fault injection API: the debug port does not exist"
 QUERY_TYPE = "an unknown query type is the caller's mistake"
 NO_SHARDS = "our index has no lock shards that max_key_count could be too small for"
 DIFFERENCES: dict[int, Difference] = {
@@ -152,13 +152,6 @@ DIFFERENCES: dict[int, Difference] = {
         status("INTERNAL_ERROR", "Failed to remove instance group"),
     ),
     139: Difference("gg1 was registered", status("OK", "Instance removed successfully")),
-    141: Difference(FAULTS, started(1)),
-    143: Difference(
-        FAULTS,
-        lambda answer: status("OK", "Cache locations retrieved successfully")(
-            answer | {"locations": [LOCATION]}
-        ),
-    ),
 }
 if not _opens_3fs():
     DIFFERENCES |= {
@@ -169,8 +162,6 @@ if not _opens_3fs():
         114: Difference("see 112", without_3fs),
         121: Difference("see 112", without_3fs),
     }
-DEBUG = {140, 142, 144}  #: 404 here, see FAULTS
-
 #: Rows whose recorded error_msg is empty or names another reason; ours is not compared.
 OTHER_REASON = {50, 51, 55, 56, 133, 134, 136, 137}
 
@@ -255,7 +246,7 @@ class Replay:
 
 @pytest.fixture
 def replay(tmp_path: Path) -> Any:
-    http = Http(tmp_path / "manager")
+    http = Http(tmp_path / "manager", GatewayOptions(debug_api=True))
     http.start_default(tmp_path / "nfs")
     yield Replay(http, str(tmp_path))
     http.close()
@@ -267,9 +258,6 @@ def test_recorded_exchanges(replay: Replay) -> None:
         if number == 43:  # the recording prepared its second instance in between
             replay.http.write("g", [1, 2, 3, 5, 6, 8])
         code, answer = replay.send(row)
-        if number in DEBUG:
-            assert code == 404
-            continue
         expected = comparable(row["response"])
         if number in DIFFERENCES:
             before = json.dumps(expected)

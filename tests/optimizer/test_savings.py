@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from kvcm_ray.errors import InvalidArgument
 from kvcm_ray.optimizer import Model, hit_curve, load, of_requests, replay
-from kvcm_ray.optimizer.replay import hit_tokens
+from kvcm_ray.optimizer.replay import hit_tokens, prompt_tokens, totals
 from kvcm_ray.optimizer.savings import (
     access_flops,
     block_flops,
     hits_by_depth,
+    known_tokens,
     prefix_flops,
-    prompt_tokens,
     request_flops,
 )
 
@@ -105,6 +105,18 @@ def test_each_request_by_hand() -> None:
     assert access_flops(TINY, trace).tolist() == [40, 104, 76, 40, 104, 76, 40, 104]
 
 
+def test_tokens_are_counted_alike_where_only_some_prompts_have_a_length() -> None:
+    trace = of_requests([[1, 2, 3], [1, 2, 3], [1, 2]], block_tokens=4, input_tokens=[10, 10, 0])
+    hits = replay(trace, "lru", 10)
+    found = totals(trace, hits)
+    assert hit_tokens(trace, hits).tolist() == [0, 10, 8]
+    assert (found.prompt_tokens, found.hit_tokens, found.token_hit_ratio) == (28, 18, 18 / 28)
+    by_hand = prefix_flops(TINY, hit_tokens(trace, hits))
+    assert request_flops(TINY, trace, hits).saved.tolist() == by_hand.tolist()
+    unknown = totals(replace(trace, block_tokens=0), hits)
+    assert (unknown.prompt_tokens, unknown.hit_tokens) == (0, 0)
+
+
 def test_what_the_engine_held_is_neither_needed_nor_saved() -> None:
     trace = of_requests([[1, 2, 3], [1, 2, 3]], block_tokens=4)
     trace = replace(trace, held=np.array([0, 0, 0, 1, 1, 0], bool))
@@ -143,7 +155,7 @@ def test_refused() -> None:
         access_flops(LLAMA, of_requests([[1]]))
     trace = of_requests([[1, 2], [1]], block_tokens=4)
     with pytest.raises(InvalidArgument, match="sample"):
-        prompt_tokens(replace(trace, sample_level=1))
+        known_tokens(replace(trace, sample_level=1))
     for hits in ([1], [3, 0], [-1, 0]):
         with pytest.raises(InvalidArgument, match="hits are numbers"):
             request_flops(LLAMA, trace, np.array(hits, np.int32))

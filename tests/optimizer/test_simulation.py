@@ -318,13 +318,14 @@ def test_they_agree_on_a_piece_of_a_real_trace(scenario: Scenario) -> None:
     assert_same(simulate(piece(), scenario), simulate(piece(), scenario, compiled=False))
 
 
-def test_a_partial_block_inside_another_prompt_is_left_to_the_live_policy() -> None:
-    """It has children but leaves before them, so that the compiled lists would drop it first."""
+def test_a_partial_block_that_others_go_on_from_counts_as_whole() -> None:
+    """As in `replay.tails`; else it would leave before its children."""
     keys = [[1, 2], [1, 2, 3], [9], [1, 2, 3]]
     accesses = of_requests(keys, block_tokens=4, input_tokens=[7, 12, 4, 12], ops=[WRITE, WRITE, WRITE, READ])
     scenario = one_tier(3, partial_first=True)
     assert_same(simulate(accesses, scenario), simulate(accesses, scenario, compiled=False))
     assert simulate(accesses, scenario).hits.tolist() == [0, 0, 0, 2]
+    assert simulate(accesses, scenario).hits.tolist() == simulate(accesses, one_tier(3)).hits.tolist()
 
 
 # ------------------------------------------------------------------------------------ write delay

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace as changed
 from functools import cache
 
@@ -16,6 +15,7 @@ from kvcm_ray.optimizer import POLICIES, READ, REQUEST, WRITE, Accesses, load, o
 from kvcm_ray.optimizer.accesses import I32
 from kvcm_ray.optimizer.sweep import Point, lru_hits, sweep
 from kvcm_ray.testing.cluster import run_python
+from kvcm_ray.testing.measures import hits_and_thread
 
 CAPACITIES = [900, 40, 300, 900]
 
@@ -23,10 +23,6 @@ CAPACITIES = [900, 40, 300, 900]
 @cache
 def piece() -> Accesses:
     return load("conversation").part(200, 900)
-
-
-def hits_of(accesses: Accesses, hits: I32) -> tuple[list[int], str]:
-    return hits.tolist(), threading.current_thread().name
 
 
 def replays(accesses: Accesses, policies: list[str], capacities: list[int], **how: object) -> list[Point]:
@@ -52,7 +48,7 @@ def test_traces_with_look_ups_and_writes_apart() -> None:
 def test_keys_that_are_no_prefixes_are_replayed_in_processes() -> None:
     accesses = of_requests([[1, 2], [3, 2], [1, 2], [3, 2, 1]])
     assert not accesses.chained
-    found = sweep(accesses, ["lru", "adaptive", "lru_head_first"], [2, 3], measure=hits_of, workers=2)
+    found = sweep(accesses, ["lru", "adaptive", "lru_head_first"], [2, 3], measure=hits_and_thread, workers=2)
     for point in found:
         hits, thread = point.measured
         assert hits == replay(accesses, point.policy, point.capacity).tolist()

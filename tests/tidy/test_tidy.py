@@ -34,8 +34,8 @@ ALLOWED = {
     "kvcm_ray/core": {"core", "errors"},
     "kvcm_ray/index": {"core", "errors", "index", "storage_adapters"},
     "storage_adapters": {"core", "errors", "storage_adapters"},
-    "actors": {"core", "errors", "index", "storage_adapters", "traces", "actors"},
-    "serve_app": {"core", "errors", "index", "storage_adapters", "actors", "serve_app", "version"},
+    "actors": {"core", "errors", "index", "storage_adapters", "traces", "actors", "logs"},
+    "serve_app": {"core", "errors", "index", "storage_adapters", "actors", "serve_app", "version", "logs"},
     "kvcm_ray/client": {"core", "errors", "index", "storage_adapters", "actors", "client"},
 }
 
