@@ -30,7 +30,8 @@ EXPONENT = 1.1
 _LINES = 4096
 
 _READER = """
-import json, resource, sys, time
+import json, re, sys, time
+from pathlib import Path
 began = time.perf_counter()
 from kvcm_ray.optimizer import sample_file, sampled_curve
 drawn = sample_file(sys.argv[1], float(sys.argv[2]))
@@ -39,7 +40,8 @@ curve = sampled_curve(drawn)
 print(json.dumps({
     "accesses": drawn.accessed, "read_s": read - began, "curve_s": time.perf_counter() - read,
     "infinite_hit_ratio": curve.infinite / curve.accessed,
-    "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    # Not ru_maxrss, which begins with what the process weighed that made this one.
+    "peak_rss_bytes": int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024,
 }))
 """
 

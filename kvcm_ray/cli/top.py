@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import select
+import selectors
 import sys
 import termios
 import time
@@ -242,7 +242,9 @@ def _screen(on: bool) -> Iterator[Any]:
 
 
 def _pressed(seconds: float) -> bool:
-    ready, _, _ = select.select([sys.stdin], [], [], seconds)
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(sys.stdin, selectors.EVENT_READ)
+        ready = waiting.select(seconds)
     if not ready:
         return False
     keys = os.read(sys.stdin.fileno(), 64)

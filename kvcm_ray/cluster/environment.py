@@ -17,24 +17,31 @@ from kvcm_ray.cluster import haproxy, processes
 from kvcm_ray.errors import Unavailable
 
 _PORTS = range(20_000, 32_768)  #: Ray gives workers those from 10002 to 19999, the kernel those above
+_marks: list[socket.socket] = []  #: of the ports that this process was given
 HAPROXY_SWITCH = "KVCM_HAPROXY"  #: "0" starts without HAProxy
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct ports of 127.0.0.1 that were free a moment ago.
+    """Distinct ports of 127.0.0.1 that were free a moment ago, and that no other call has been given.
 
     They lie below those that the kernel gives to whoever asks for any port: Ray's many servers and every
-    outgoing connection do, and would take one of those before its user listens there.
+    outgoing connection do, and would take one of those before its user listens there. Each is marked by a
+    name that one process of the machine can have, for as long as this process lives: it may take half a
+    minute until its user listens.
+
+    Raises:
+        Unavailable: there are not so many.
     """
     found: list[int] = []
-    with contextlib.ExitStack() as stack:
-        for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
-            probe = stack.enter_context(socket.socket())
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                found.append(port)
-            if len(found) == count:
-                return found
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            mark = socket.socket(socket.AF_UNIX)
+            mark.bind(f"\0kvcm-port-{port}")
+            _marks.append(mark)
+            found.append(port)
+        if len(found) == count:
+            return found
     raise Unavailable(f"fewer than {count} ports from {_PORTS.start} to {_PORTS.stop - 1} are free")
 
 

@@ -34,7 +34,7 @@ from kvcm_ray.testing.served import Served
 from kvcm_ray.testing.stopped import BLOCKS, SLOTS, Stopped
 
 Kvcm = Callable[..., Ran]
-QUICK = Limits(settle_s=0.0)
+QUICK = Limits(settle_s=0.0, fsync_s=5.0)  # the disk may be busy with other tests
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
-import select
+import selectors
 import signal
 import struct
 import subprocess
@@ -185,6 +185,8 @@ class Terminal:
     def __init__(self, *command: str) -> None:
         self.master, slave = pty.openpty()
         ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 150, 0, 0))
+        self._readable = selectors.DefaultSelector()
+        self._readable.register(self.master, selectors.EVENT_READ)
         self.slave = slave
         self.mode = termios.tcgetattr(slave)
         self.child = subprocess.Popen(
@@ -193,7 +195,7 @@ class Terminal:
         self.shown = ""
 
     def read(self, seconds: float) -> None:
-        if select.select([self.master], [], [], seconds)[0]:
+        if self._readable.select(seconds):
             self.shown += os.read(self.master, 65536).decode(errors="replace")
 
     def until(self, text: str, timeout_s: float = 30) -> None:

@@ -27,6 +27,14 @@ def mooncake(folder: Path, *prompts: list[int]) -> str:
     return str(path)
 
 
+def until_recorded(kvcm: Kvcm, group: str, look_ups: int) -> None:
+    """By URL the manager's replicas report look-ups a moment later."""
+    until_s = time.monotonic() + 20
+    while kvcm("trace", "list", group, "--json").json["recordings"][0]["look_ups"] < look_ups:
+        assert time.monotonic() < until_s
+        time.sleep(0.05)
+
+
 def test_record_stop_list_and_replay_what_was_recorded(kvcm: Kvcm, tmp_path: Path) -> None:
     path = mooncake(tmp_path, [1, 2, 3], [1, 2, 4], [1, 2, 3])
     run = ("replay", path, "--via", "http", "--quota-blocks", "10", "--window", "1", "--json")
@@ -37,10 +45,7 @@ def test_record_stop_list_and_replay_what_was_recorded(kvcm: Kvcm, tmp_path: Pat
     again = kvcm("trace", "record", group)
     assert (again.code, "kvcm trace stop" in again.err, "[KVCM-C006]" in again.err) == (1, True, True)
     first = kvcm(*run).json
-    until_s = time.monotonic() + 20  # by URL the manager's replicas report the look-ups, a moment later
-    while kvcm("trace", "list", group, "--json").json["recordings"][0]["look_ups"] < 3:
-        assert time.monotonic() < until_s
-        time.sleep(0.05)
+    until_recorded(kvcm, group, look_ups=3)
     assert "recording" in kvcm("trace", "list").out
     done = kvcm("trace", "stop", group, "--json").json
     assert (done["look_ups"], done["accessed_blocks"], done["hit_blocks"]) == (3, 9, first["hit_blocks"])
@@ -67,6 +72,7 @@ def test_what_is_recorded_may_be_limited(kvcm: Kvcm, tmp_path: Path) -> None:
     assert (began["instance_id"], began["sample_level"]) == ("one", 2)
     for name in ("one", "two"):
         kvcm("replay", path, "--via", "http", "--instance", name, "--window", "1", "--json")
+    until_recorded(kvcm, "default", look_ups=2)
     text = kvcm("trace", "stop", "default").out
     assert "2 look-ups of 4 blocks" in text
     assert load(began["file"]).sample_level == 2

@@ -136,8 +136,8 @@ def test_what_hangs_or_is_gone_costs_its_deadline_and_no_more(
             assert found.metrics()["vllm:prompt_tokens_cached_by_source{source=disk}"] > 0
             storage_hangs(found, switch, expected)
             group_is_stopped(found, running.pid, expected)
-            folder_goes(found, running.data_dir / "tiers", expected)
-            folder_goes(found, running.data_dir / "groups", expected)
+            folder_goes(found, Path(running.data_dir) / "tiers", expected)
+            folder_goes(found, Path(running.data_dir) / "groups", expected)
 
 
 def storage_hangs(found: Engine, switch: Path, expected: Expected) -> None:
