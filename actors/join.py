@@ -74,6 +74,21 @@ def join(ray_address: str, *, auth_mode: str = "token") -> bool:
     return True
 
 
+def mode_of_others() -> str:
+    """RAY_AUTH_MODE for a cluster that `ray start` made: what is set, else what Ray decides by itself.
+
+    That is "token" if this user has one; `kvcm up` makes one, so whoever ran it has.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return os.environ["RAY_AUTH_MODE"]
+    try:
+        from ray._raylet import AuthenticationTokenLoader
+    except ImportError:  # no Ray, or one without tokens
+        return "disabled"
+    has_token: bool = AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+    return "token" if has_token else "disabled"
+
+
 def _apply_auth_mode() -> None:
     """Ray reads RAY_AUTH_MODE when it is imported, which may have been before we set it."""
     import ray._raylet

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvcm_ray.actors.join import join
+from kvcm_ray.actors.join import join, mode_of_others
 from kvcm_ray.actors.names import HOST, NAMESPACE, REGISTRY
 from kvcm_ray.actors.paths import manager_file, resolve
 from kvcm_ray.actors.reclaimer import RECLAIMERS_DEFAULT
@@ -78,7 +78,7 @@ def up_inside(
         str(folder), tuple(tiers), route_prefix, replicas, reclaimers, debug_api, accounts=accounts
     )
     _check(options)
-    join(ray_address, auth_mode=os.environ.get("RAY_AUTH_MODE", "disabled"))
+    join(ray_address, auth_mode=mode_of_others())
     began = time.monotonic()
     manager = start_host(options)
     note(f"ready after {time.monotonic() - began:.1f} s")

@@ -51,9 +51,7 @@ def model_folder(model: str, tiny: Callable[[], Path]) -> Path:
     if model in ("tiny", "smollm2"):
         return folder() if model == "smollm2" else tiny()
     if not (Path(model) / "config.json").exists():
-        raise InvalidArgument(
-            f"model {model!r} is not tiny, not smollm2 and no folder with a config.json"
-        )
+        raise InvalidArgument(f"model {model!r} is not tiny, not smollm2 and no folder with a config.json")
     return Path(model)
 
 

@@ -40,8 +40,11 @@ def test_actors_have_telling_names(running: Manager) -> None:
     said = {name: each.repr_name for name, each in found.items() if each.state == "ALIVE"}
     assert said["group:default"] == "GroupActor(default)"
     assert said["registry"] == f"Registry({running.data_dir})"
-    assert said["reclaimer:0.2"] == "Reclaimer(0 of 2)"
-    assert said["reclaimer:1.2"] == "Reclaimer(1 of 2)"
+    reclaimers = {name: told for name, told in said.items() if name.startswith("reclaimer:")}
+    assert reclaimers  # as many as other tests on this manager left
+    for name, told in reclaimers.items():
+        number, size = name.removeprefix("reclaimer:").split(".")
+        assert told == f"Reclaimer({number} of {size})"
     assert any(each.class_name == "ServeReplica:kvcm:gateway" for each in found.values())
 
 
