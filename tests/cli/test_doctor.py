@@ -346,7 +346,8 @@ def test_few_open_files(stopped: Stopped) -> None:
     limit = len(os.listdir("/proc/self/fd")) + 512  # earlier tests of this process may hold many
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
     try:
-        assert only(stopped.root, dataclasses.replace(QUICK, open_files=limit + 1)).evidence == f"limit {limit}"
+        problem = only(stopped.root, dataclasses.replace(QUICK, open_files=limit + 1))
+        assert problem.evidence == f"limit {limit}"
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
